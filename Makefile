@@ -1,0 +1,48 @@
+# Everything a newcomer needs; each target sets up what it uses. The first run installs, later ones start at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+SOURCES := src tests training examples
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-oldest lint format bench clean help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## find needles in your own Python's source, with full and with sparse attention
+	$(BIN)/tidaldecode demo --output-dir demo-results --overwrite
+
+test: $(STAMP) ## the tests (CPU)
+	$(BIN)/python -m pytest
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt torch
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed ## the integration tests on the oldest supported transformers
+	$(OLDEST)/bin/python -m pytest tests/integrations
+
+lint: $(STAMP) ## check style and types
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP) ## time the attention of one decode step on this machine
+	$(BIN)/python -m tidaldecode.bench.attention_step
+
+clean: ## remove the environments and caches
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache

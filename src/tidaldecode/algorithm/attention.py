@@ -1,0 +1,120 @@
+"""decode_attention: the main path. What one layer does in one decode step (paper, Algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from tidaldecode.algorithm.plan import LayerPlan, Role
+from tidaldecode.config import TidalConfig
+from tidaldecode.errors import TidalError
+from tidaldecode.kernels import (
+    ScoreKind,
+    Selection,
+    dense_decode,
+    select_tokens,
+    sparse_decode,
+)
+
+
+@dataclass
+class DecodeState:
+    """What the layers of one decode step share; made anew for every forward pass."""
+
+    config: TidalConfig
+    seq_lens: torch.Tensor
+    """``[B]`` int32: end of each row, the newest token included."""
+    starts: torch.Tensor | None = None
+    """``[B]`` int32: first valid position of each row (left padding), or None for 0."""
+    block_table: torch.Tensor | None = None
+    """``[B, max_blocks]`` int32 for a paged cache, or None."""
+    selection: Selection | None = field(default=None, init=False)
+    """The last selection of this step."""
+
+    @classmethod
+    def begin(
+        cls,
+        config: TidalConfig,
+        plan: LayerPlan,
+        seq_lens: torch.Tensor,
+        starts: torch.Tensor | None = None,
+        block_table: torch.Tensor | None = None,
+    ) -> DecodeState:
+        """The state in which a step starts; a ``preselected`` plan starts with sinks and recents."""
+        state = cls(config, seq_lens, starts, block_table)
+        if plan.preselected:
+            width = int(seq_lens.max())
+            state.select(torch.zeros(len(seq_lens), 1, width, device=seq_lens.device))
+        return state
+
+    def select(self, scores: torch.Tensor) -> None:
+        """Replace the selection by the best tokens of ``scores [B, R, W]``."""
+        config, device = self.config, scores.device
+        self.selection = select_tokens(
+            scores,
+            self.seq_lens.to(device),
+            budget=config.budget,
+            sink_tokens=config.sink_tokens,
+            recent_tokens=config.recent_tokens,
+            starts=None if self.starts is None else self.starts.to(device),
+            backend=config.backend,
+        )
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: int,
+    plan: LayerPlan,
+    state: DecodeState,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one layer for one new token per sequence: ``out [B, Hq, D]``.
+
+    ``q [B, Hq, D]``; ``k, v`` as in `tidaldecode.kernels`, the new token's included.
+
+    Errors: `TidalError` for a layer that is not planned, a sparse layer with no selection in this
+    step, and whatever breaks the kernel contract.
+    """
+    role, config = plan[layer], state.config
+    if role is Role.HOST:
+        raise TidalError(f"layer {layer}: expected a planned layer, got one that is the host's")
+    if role is Role.SPARSE:
+        if state.selection is None:
+            raise TidalError(
+                f"layer {layer}: expected a selection made earlier in this step, found none; "
+                f"run the layers in order (plan {plan})"
+            )
+        out, _ = sparse_decode(
+            q,
+            k,
+            v,
+            # A model split over devices selects on one and attends on another.
+            state.selection.to(q.device),
+            scale=scale,
+            block_table=state.block_table,
+            backend=config.backend,
+        )
+        return out
+    out, _, scores = dense_decode(
+        q,
+        k,
+        v,
+        state.seq_lens,
+        scale=scale,
+        starts=state.starts,
+        block_table=state.block_table,
+        scores=score_kind(config) if role is Role.SELECT else None,
+        backend=config.backend,
+    )
+    if scores is not None:
+        state.select(scores)
+    return out
+
+
+def score_kind(config: TidalConfig) -> ScoreKind:
+    """The scores that `dense_decode` must emit for this configuration."""
+    return "query_head_logits" if config.score == "logits" else config.granularity

@@ -1,0 +1,1 @@
+"""Benchmarks: real selections, whole steps, ratios from one run."""

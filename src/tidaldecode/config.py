@@ -1,0 +1,199 @@
+"""`TidalConfig`: everything a user can set, and the only place where a default is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tidaldecode.errors import TidalError
+
+CONFIG_FILE = "tidal_config.json"
+
+Granularity = Literal["shared", "kv_head", "query_head"]
+Score = Literal["softmax", "logits"]
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "granularity": ("shared", "kv_head", "query_head"),
+    "score": ("softmax", "logits"),
+    "mode": ("sparse",),
+    "backend": ("auto", "torch", "triton"),
+    "cuda_graph": ("auto", False),
+    "correct_every": (None,),
+    "draft_tokens": ("auto",),
+}
+_LATER = {"mode", "cuda_graph", "correct_every", "draft_tokens"}
+
+
+@dataclass(frozen=True)
+class TidalConfig:
+    """How a model decodes. Errors: `TidalError` for a value that cannot work.
+
+    The budget counts everything a sparse layer reads: sinks, recents and the newest token included.
+    """
+
+    budget: int = 1024
+    """Tokens that a sparse layer attends to, N."""
+    dense_layers: int = 2
+    """Leading full-attention layers that stay dense (the paper's layers 0 and 1)."""
+    select_layers: tuple[int, ...] | Literal["auto"] = "auto"
+    """Layers that do full attention and pick the tokens; numbers as in the model. With none, ``()``,
+    sparse layers read sinks and recents alone (StreamingLLM, arXiv 2309.17453)."""
+    granularity: Granularity = "shared"
+    """One set of tokens for all heads, one per KV head, or one per query head."""
+    score: Score = "softmax"
+    """What ranks tokens: softmax probability summed over the heads that share a set, or, with
+    ``query_head`` only, the raw logit."""
+    sink_tokens: int = 4
+    """First tokens of a sequence that are always selected."""
+    recent_tokens: int = 15
+    """Tokens just before the newest one that are always selected; the newest one is, in any case."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels to run."""
+    mode: Literal["sparse"] = "sparse"
+    """How decoding proceeds."""
+    correct_every: None = None
+    """Cache correction: decoded tokens between two dense recomputations."""
+    draft_tokens: Literal["auto"] = "auto"
+    """Tokens drafted between two verifications, in lossless mode."""
+    cuda_graph: Literal["auto", False] = "auto"
+    """Whether a decode step runs as one CUDA graph."""
+
+    def __post_init__(self) -> None:
+        if self.select_layers != "auto":
+            object.__setattr__(self, "select_layers", _layer_numbers(self.select_layers))
+        for name, lowest in (
+            ("budget", 1),
+            ("dense_layers", 0),
+            ("sink_tokens", 0),
+            ("recent_tokens", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise TidalError(f"{name}: expected a whole number from {lowest} up, got {value!r}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                listed = " or ".join(repr(choice) for choice in choices)
+                hint = " (the only one in this version)" if name in _LATER else ""
+                raise TidalError(f"{name}: expected {listed}{hint}, got {value!r}")
+        forced = self.sink_tokens + self.recent_tokens + 1
+        if self.budget < forced:
+            raise TidalError(
+                f"budget: expected at least {forced} tokens (sink_tokens={self.sink_tokens} + "
+                f"recent_tokens={self.recent_tokens} + the newest), got {self.budget}; "
+                "raise the budget or lower sink_tokens and recent_tokens"
+            )
+        if self.select_layers == () and self.budget != forced:
+            raise TidalError(
+                f"budget: expected sink_tokens + recent_tokens + 1 = {forced} where no layer selects "
+                f"(nothing else is read), got {self.budget}; name select_layers or set budget={forced}"
+            )
+        if self.score == "logits" and self.granularity != "query_head":
+            raise TidalError(
+                "score: expected 'softmax' where heads share a set (logits of different heads are "
+                f"on different scales), got 'logits' with granularity={self.granularity!r}; "
+                "use granularity='query_head'"
+            )
+
+    @classmethod
+    def preset(cls, name: str, *, budget: int = 1024, **overrides: Any) -> TidalConfig:
+        """A published system under our roof: ``"paper"``, ``"lessismore"`` or ``"streaming"``.
+
+        ``paper`` (arXiv 2410.05076): a set per query head, ranked by raw logits, no forced tokens
+        but the newest. ``lessismore`` (arXiv 2508.07101): one set for all heads, 4 sinks, and a
+        quarter of the budget for the most recent tokens. ``streaming`` (arXiv 2309.17453): every
+        layer reads 4 sinks and the most recent tokens, and nothing is selected.
+
+        Errors: `TidalError` for an unknown name, or values that cannot work.
+        """
+        presets: dict[str, dict[str, Any]] = {
+            "paper": {
+                "granularity": "query_head",
+                "score": "logits",
+                "sink_tokens": 0,
+                "recent_tokens": 0,
+            },
+            "lessismore": {
+                "granularity": "shared",
+                "score": "softmax",
+                "sink_tokens": 4,
+                "recent_tokens": max(budget // 4 - 1, 0),
+            },
+            "streaming": {
+                "dense_layers": 0,
+                "select_layers": (),
+                "sink_tokens": 4,
+                "recent_tokens": budget - 5,
+            },
+        }
+        if name not in presets:
+            raise TidalError(f"preset: expected one of {', '.join(presets)}, got {name!r}")
+        return cls.from_dict({"budget": budget, **presets[name], **overrides})
+
+    def replace(self, **changes: Any) -> TidalConfig:
+        """A copy with some values changed. Errors: `TidalError` for an unknown or bad option."""
+        self._check_names(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = dataclasses.asdict(self)
+        if self.select_layers != "auto":
+            values["select_layers"] = list(self.select_layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TidalConfig:
+        """Inverse of `to_dict`. Errors: `TidalError` for an unknown or bad option."""
+        cls._check_names(values)
+        return cls(**values)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``tidal_config.json`` into ``directory`` and return its path."""
+        from tidaldecode.record import write_json
+
+        return write_json(Path(directory) / CONFIG_FILE, self.to_dict())
+
+    @classmethod
+    def load(cls, directory: str | Path) -> TidalConfig:
+        """Read ``tidal_config.json`` from ``directory``.
+
+        Errors: `TidalError` when it is missing, is not JSON, or holds a bad option.
+        """
+        path = Path(directory) / CONFIG_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TidalError(f"{path}: expected a readable JSON file, got: {error}") from error
+        if not isinstance(values, dict):
+            raise TidalError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        try:
+            return cls.from_dict(values)
+        except TidalError as error:
+            raise TidalError(f"{path}: {error}") from error
+
+    @classmethod
+    def _check_names(cls, values: dict[str, Any]) -> None:
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise TidalError(
+                f"option: expected one of {', '.join(known)}, got {', '.join(map(repr, unknown))}"
+            )
+
+
+def _layer_numbers(value: Any) -> tuple[int, ...]:
+    """Check and normalise explicit selection layers."""
+    items = tuple(value) if isinstance(value, (list, tuple)) else (None,)
+    whole = all(
+        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items
+    )
+    if not whole or sorted(set(items)) != list(items):
+        raise TidalError(
+            "select_layers: expected 'auto' or ascending layer numbers such as (2, 13), "
+            f"got {value!r}"
+        )
+    return items

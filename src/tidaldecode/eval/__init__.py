@@ -1,0 +1,1 @@
+"""Evaluation: samples, engines, scores. Sits beside the integrations; nothing below imports it."""

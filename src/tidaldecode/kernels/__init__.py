@@ -1,0 +1,23 @@
+"""The three kernels of a decode step: tensors in, tensors out; they know no layer, plan or model.
+
+Dimensions, here and everywhere in the package: ``B`` sequences, ``S`` cached tokens, ``Hq``/``Hkv``
+query/KV heads, ``G = Hq / Hkv``, ``D`` head dimension, ``N`` selected tokens (the budget) and ``R``
+selected sets per sequence (1, ``Hkv`` or ``Hq``).
+
+The contract that the kernels share (checked once, in `tidaldecode.kernels.contract`):
+
+- ``q [B, Hq, D]``: one query per sequence, RoPE applied. fp32, fp16 or bf16; accumulation is fp32.
+- ``k, v``: strided views ``[B, Hkv, S_max, D]``; or, with ``block_table [B, max_blocks]`` int32,
+  paged views ``[num_blocks, block_size, Hkv, D]``. Strides are honoured; nothing is copied whole.
+- ``seq_lens [B]`` int32: the end of each row. ``starts [B]`` int32 or None: its first valid position
+  (left padding). Row ``b`` holds the positions ``starts[b] <= p < seq_lens[b]``; an empty row gives
+  zeros and a log-sum-exp of -inf. What memory holds outside that range never reaches an output.
+- ``scale`` multiplies ``q . k`` before the softmax.
+- Outputs: ``out [B, Hq, D]`` in q's dtype, ``lse [B, Hq]`` fp32 (natural logarithm).
+"""
+
+from tidaldecode.kernels.dense_decode import ScoreKind, dense_decode
+from tidaldecode.kernels.select_tokens import Selection, select_tokens
+from tidaldecode.kernels.sparse_decode import sparse_decode
+
+__all__ = ["ScoreKind", "Selection", "dense_decode", "select_tokens", "sparse_decode"]

@@ -1,0 +1,62 @@
+"""The checks that every kernel makes on its arguments, whatever the backend."""
+
+from __future__ import annotations
+
+import torch
+
+from tidaldecode.errors import TidalError, check_tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_attention_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor | None,
+) -> int:
+    """Check ``q, k, v`` and ``block_table`` against the contract; return ``Hkv``.
+
+    Errors: `TidalError` naming the argument, what was expected and what was found.
+    """
+    check_tensor("q", q, (None, None, None), dtypes=FLOAT_DTYPES, device=q.device)
+    batch, query_heads, head_dim = q.shape
+    if block_table is None:
+        check_tensor("k", k, (batch, None, None, head_dim), dtypes=(q.dtype,), device=q.device)
+        kv_heads = k.shape[1]
+    else:
+        check_tensor("k", k, (None, None, None, head_dim), dtypes=(q.dtype,), device=q.device)
+        check_tensor(
+            "block_table", block_table, (batch, None), dtypes=(torch.int32,), device=q.device
+        )
+        kv_heads = k.shape[2]
+    check_tensor("v", v, tuple(k.shape), dtypes=(q.dtype,), device=q.device)
+    if kv_heads == 0 or query_heads % kv_heads:
+        raise TidalError(
+            f"q: expected a number of query heads divisible by the {kv_heads} KV heads of k, "
+            f"got {query_heads}"
+        )
+    return kv_heads
+
+
+def row_ranges(
+    seq_lens: torch.Tensor, starts: torch.Tensor | None, batch: int, capacity: int
+) -> list[tuple[int, int]]:
+    """``(start, end)`` of every row on the host. A CUDA tensor synchronises here.
+
+    Errors: `TidalError` for wrong shapes, and for an end beyond ``capacity`` or before the start.
+    """
+    check_tensor("seq_lens", seq_lens, (batch,), dtypes=(torch.int32,), device=seq_lens.device)
+    ends = seq_lens.tolist()
+    if starts is None:
+        begins = [0] * batch
+    else:
+        check_tensor("starts", starts, (batch,), dtypes=(torch.int32,), device=seq_lens.device)
+        begins = starts.tolist()
+    for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        if not 0 <= begin <= end <= capacity:
+            raise TidalError(
+                f"seq_lens: expected 0 <= starts <= seq_lens <= {capacity} (the cache's capacity), "
+                f"got starts={begin} and seq_lens={end} in row {row}"
+            )
+    return list(zip(begins, ends, strict=True))

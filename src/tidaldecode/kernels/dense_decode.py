@@ -1,0 +1,150 @@
+"""dense_decode: one query per sequence against its whole cache; may also score every token.
+
+The PyTorch path walks the cache once, in chunks that stay in the processor's cache, with all query
+heads of a KV head in one product (KV heads are never repeated) and an online softmax over chunks
+(Milakov & Gimelshein, arXiv 1805.02867).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from tidaldecode.errors import TidalError
+from tidaldecode.kernels import layout
+from tidaldecode.kernels.contract import check_attention_inputs, row_ranges
+from tidaldecode.kernels.dispatch import resolve_backend
+
+ScoreKind = Literal["shared", "kv_head", "query_head", "query_head_logits"]
+SCORE_KINDS: tuple[ScoreKind, ...] = ("shared", "kv_head", "query_head", "query_head_logits")
+
+_CHUNK_LOGITS = 1 << 18
+_LANES = 16
+
+
+def dense_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    starts: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    scores: ScoreKind | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Full attention of one query per sequence. Contract: `tidaldecode.kernels`.
+
+    Args:
+        scores: emit a score for every token as well: the softmax probability summed over all query
+            heads (``"shared"``, R = 1), over the heads of each KV head (``"kv_head"``, R = Hkv), of
+            each query head (``"query_head"``, R = Hq), or the scaled logit of each query head
+            (``"query_head_logits"``, R = Hq).
+
+    Returns:
+        ``out [B, Hq, D]``, ``lse [B, Hq]`` fp32, and ``token_scores [B, R, W]`` fp32 or None, where
+        W >= max(seq_lens); positions outside a row's range hold -inf.
+
+    Errors: `TidalError` naming the argument that breaks the contract.
+    """
+    kv_heads = check_attention_inputs(q, k, v, block_table)
+    if scores is not None and scores not in SCORE_KINDS:
+        raise TidalError(
+            f"scores: expected None or one of {', '.join(SCORE_KINDS)}, got {scores!r}"
+        )
+    resolve_backend(backend)
+    ranges = row_ranges(seq_lens, starts, q.shape[0], layout.capacity(k, block_table))
+
+    out = torch.zeros_like(q, dtype=torch.float32)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+    token_scores = None
+    if scores is not None:
+        sets = {"shared": 1, "kv_head": kv_heads}.get(scores, q.shape[1])
+        width = max((end for _, end in ranges), default=0)
+        token_scores = torch.full((q.shape[0], sets, width), -torch.inf, device=q.device)
+    grouped = (q.float() * scale).reshape(q.shape[0], kv_heads, -1, q.shape[2])
+    for row, (start, end) in enumerate(ranges):
+        if start == end:
+            continue
+        row_out, row_lse, parts = _dense_row(
+            grouped[row], k, v, block_table, row, start, end, keep=scores
+        )
+        out[row] = row_out.flatten(0, 1)
+        lse[row] = row_lse.flatten()
+        if token_scores is not None:
+            for first, chunk, peak in parts:
+                token_scores[row, :, first : first + chunk.shape[1]] = _score_chunk(
+                    chunk, peak - row_lse, scores
+                )
+    return out.to(q.dtype), lse, token_scores
+
+
+def _dense_row(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor | None,
+    row: int,
+    start: int,
+    end: int,
+    *,
+    keep: ScoreKind | None,
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor]]]:
+    """Attention of one row. ``q [Hkv, G, D]`` fp32, scaled.
+
+    Returns ``out [Hkv, G, D]``, ``lse [Hkv, G]`` and, with ``keep``, for every chunk its first
+    position, what its scores are made of (unnormalised weights, or logits if those are the scores)
+    ``[Hkv, C, G]`` and its maximal logits ``[Hkv, G]``.
+    """
+    kv_heads, group, _ = q.shape
+    chunk_tokens = max(_LANES, _CHUNK_LOGITS // (kv_heads * group) // _LANES * _LANES)
+    q_columns = q.transpose(1, 2)
+    out = torch.zeros_like(q)
+    peak = torch.full((kv_heads, group), -torch.inf, device=q.device)
+    total = torch.zeros_like(peak)
+    parts = []
+    for first in range(start, end, chunk_tokens):
+        last = min(first + chunk_tokens, end)
+        keys = layout.read_range(k, block_table, row, first, last).float()
+        weights = torch.bmm(keys, q_columns)
+        kept = weights.clone() if keep == "query_head_logits" else weights
+        chunk_peak, chunk_total = _exponentiate(weights)
+        values = layout.read_range(v, block_table, row, first, last).float()
+        chunk_out = torch.bmm(weights.transpose(1, 2), values)
+        new_peak = torch.maximum(peak, chunk_peak)
+        old_scale, new_scale = (peak - new_peak).exp(), (chunk_peak - new_peak).exp()
+        out = out * old_scale[..., None] + chunk_out * new_scale[..., None]
+        total = total * old_scale + chunk_total * new_scale
+        peak = new_peak
+        if keep is not None:
+            parts.append((first, kept, chunk_peak))
+    return out / total[..., None], peak + total.log(), parts
+
+
+def _exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place ``exp(logits - max)``; returns the maxima and the sums over tokens, ``[Hkv, G]``.
+
+    ``logits [Hkv, C, G]``. G is short, so several tokens are folded into one wide row: reductions
+    along it run at full vector width.
+    """
+    kv_heads, tokens, group = logits.shape
+    lanes = _LANES if tokens % _LANES == 0 else 1
+    wide = logits.view(kv_heads, tokens // lanes, lanes * group)
+    peak = wide.amax(1).view(kv_heads, lanes, group).amax(1)
+    wide.sub_(peak.repeat(1, lanes)[:, None]).exp_()
+    total = wide.sum(1).view(kv_heads, lanes, group).sum(1)
+    return peak, total
+
+
+def _score_chunk(
+    kept: torch.Tensor, log_scale: torch.Tensor, kind: ScoreKind | None
+) -> torch.Tensor:
+    """Scores ``[R, C]`` of one chunk: ``kept [Hkv, C, G]``, times ``exp(log_scale [Hkv, G])``."""
+    if kind == "query_head_logits":
+        return kept.transpose(1, 2).flatten(0, 1)
+    if kind == "query_head":
+        return (kept * log_scale.exp()[:, None]).transpose(1, 2).flatten(0, 1)
+    per_kv_head = torch.bmm(kept, log_scale.exp()[..., None]).squeeze(-1)
+    return per_kv_head.sum(0, keepdim=True) if kind == "shared" else per_kv_head

@@ -1,0 +1,94 @@
+"""select_tokens: token scores -> the positions that sparse layers will read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tidaldecode.errors import TidalError, check_tensor
+from tidaldecode.kernels.dispatch import resolve_backend
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Selected tokens of every sequence; it lives for one forward pass."""
+
+    positions: torch.Tensor
+    """``[B, R, N]`` int32: logical positions, ascending, padded with -1."""
+    counts: torch.Tensor
+    """``[B, R]`` int32: how many of them are real."""
+
+    def to(self, device: torch.device) -> Selection:
+        """The same selection on ``device``; itself if it is there already."""
+        if self.positions.device == device:
+            return self
+        return Selection(self.positions.to(device), self.counts.to(device))
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    budget: int,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
+    starts: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Selection:
+    """The ``budget`` best tokens of every set, sinks, recents and the newest token always among them.
+
+    The first ``sink_tokens`` positions of a row, its newest position and the ``recent_tokens`` before
+    that are taken first; the rest go to the highest scores. Tie rule: of equal scores the lower
+    position wins. A row with no more than ``budget`` tokens is selected whole; NaN never wins.
+
+    Args:
+        scores: ``[B, R, W]`` fp32, W >= max(seq_lens); values outside a row's range are ignored.
+        seq_lens: ``[B]`` int32, end of each row; ``starts [B]`` int32 or None, its beginning.
+        budget: tokens per set, N; at least ``sink_tokens + recent_tokens + 1``.
+
+    Errors: `TidalError` naming the argument that breaks the contract.
+    """
+    check_tensor("scores", scores, (None,) * 3, dtypes=(torch.float32,), device=scores.device)
+    batch, _, width = scores.shape
+    check_tensor("seq_lens", seq_lens, (batch,), dtypes=(torch.int32,), device=scores.device)
+    if starts is not None:
+        check_tensor("starts", starts, (batch,), dtypes=(torch.int32,), device=scores.device)
+    if min(sink_tokens, recent_tokens) < 0 or budget < sink_tokens + recent_tokens + 1:
+        raise TidalError(
+            "budget: expected at least sink_tokens + recent_tokens + 1 = "
+            f"{sink_tokens + recent_tokens + 1} tokens, got {budget}"
+        )
+    resolve_backend(backend)
+
+    ends = seq_lens.long()[:, None, None]
+    begins = torch.zeros_like(ends) if starts is None else starts.long()[:, None, None]
+    positions = torch.arange(width, device=scores.device)
+    valid = (positions >= begins) & (positions < ends)
+    forced = (positions < begins + sink_tokens) | (positions >= ends - 1 - recent_tokens)
+    lowest = torch.finfo(scores.dtype).min
+    finite = scores.nan_to_num(nan=lowest, neginf=lowest)
+    ranked = torch.where(valid, finite, -torch.inf).masked_fill_(forced & valid, torch.inf)
+    kept = _keep_best(ranked, min(budget, width)) & valid
+    return _compact(kept, budget)
+
+
+def _keep_best(ranked: torch.Tensor, budget: int) -> torch.Tensor:
+    """Exactly ``budget`` tokens per set ``[B, R, W]``: all above the threshold, then the first ties."""
+    if budget == 0:
+        return torch.zeros_like(ranked, dtype=torch.bool)
+    threshold = ranked.topk(budget, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above = ranked > threshold
+    ties = ranked == threshold
+    room = budget - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= room))
+
+
+def _compact(kept: torch.Tensor, budget: int) -> Selection:
+    """Turn a mask ``[B, R, W]`` into ascending positions; what is not kept lands in a spare slot."""
+    counts = kept.sum(-1, dtype=torch.int32)
+    slots = torch.where(kept, kept.cumsum(-1) - 1, budget)
+    padded = torch.full((*kept.shape[:2], budget + 1), -1, dtype=torch.int32, device=kept.device)
+    source = torch.arange(kept.shape[-1], dtype=torch.int32, device=kept.device).expand(kept.shape)
+    padded.scatter_(-1, slots, source)
+    return Selection(padded[..., :budget], counts)
