@@ -70,9 +70,7 @@ class TidalConfig:
             ("sink_tokens", 0),
             ("recent_tokens", 0),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise TidalError(f"{name}: expected a whole number from {lowest} up, got {value!r}")
+            _check_whole_number(name, getattr(self, name), lowest)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -109,6 +107,7 @@ class TidalConfig:
 
         Errors: `TidalError` for an unknown name, or values that cannot work.
         """
+        _check_whole_number("budget", budget, 1)
         presets: dict[str, dict[str, Any]] = {
             "paper": {
                 "granularity": "query_head",
@@ -183,6 +182,11 @@ class TidalConfig:
             raise TidalError(
                 f"option: expected one of {', '.join(known)}, got {', '.join(map(repr, unknown))}"
             )
+
+
+def _check_whole_number(name: str, value: Any, lowest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise TidalError(f"{name}: expected a whole number from {lowest} up, got {value!r}")
 
 
 def _layer_numbers(value: Any) -> tuple[int, ...]:

@@ -48,16 +48,25 @@ class DecodeState:
             state.select(torch.zeros(len(seq_lens), 1, width, device=seq_lens.device))
         return state
 
+    def move_to(self, device: torch.device) -> None:
+        """Follow a model that is split over devices: it may select on one and attend on another."""
+        if self.seq_lens.device == device:
+            return
+        self.seq_lens = self.seq_lens.to(device)
+        self.starts = None if self.starts is None else self.starts.to(device)
+        self.block_table = None if self.block_table is None else self.block_table.to(device)
+        self.selection = None if self.selection is None else self.selection.to(device)
+
     def select(self, scores: torch.Tensor) -> None:
         """Replace the selection by the best tokens of ``scores [B, R, W]``."""
-        config, device = self.config, scores.device
+        config = self.config
         self.selection = select_tokens(
             scores,
-            self.seq_lens.to(device),
+            self.seq_lens,
             budget=config.budget,
             sink_tokens=config.sink_tokens,
             recent_tokens=config.recent_tokens,
-            starts=None if self.starts is None else self.starts.to(device),
+            starts=self.starts,
             backend=config.backend,
         )
 
@@ -80,6 +89,7 @@ def decode_attention(
     step, and whatever breaks the kernel contract.
     """
     role, config = plan[layer], state.config
+    state.move_to(q.device)
     if role is Role.HOST:
         raise TidalError(f"layer {layer}: expected a planned layer, got one that is the host's")
     if role is Role.SPARSE:
@@ -92,8 +102,7 @@ def decode_attention(
             q,
             k,
             v,
-            # A model split over devices selects on one and attends on another.
-            state.selection.to(q.device),
+            state.selection,
             scale=scale,
             block_table=state.block_table,
             backend=config.backend,

@@ -101,6 +101,10 @@ class LayerPlan:
         return plan
 
     def __getitem__(self, layer: int) -> Role:
+        if not 0 <= layer < len(self.roles):
+            raise TidalError(
+                f"layer {layer}: expected a layer of the plan, from 0 to {len(self.roles) - 1}"
+            )
         return self.roles[layer]
 
     def __len__(self) -> int:

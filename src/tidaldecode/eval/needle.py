@@ -80,7 +80,7 @@ class Haystack:
         return cls(ids, [breaks[token] for token in ids])
 
     def window(self, tokens: int, rng: random.Random) -> tuple[list[int], list[int]]:
-        """``tokens`` consecutive ids starting after a line end, and the line ends within them.
+        """``tokens`` consecutive ids starting after a line end, and the line ends within (or 0).
 
         Errors: `TidalError` when the haystack is shorter than ``tokens``.
         """
@@ -92,7 +92,7 @@ class Haystack:
             )
         start = rng.choice(starts)
         inside = [end - start for end in self._line_ends if start < end < start + tokens]
-        return self.ids[start : start + tokens], [0, *inside]
+        return self.ids[start : start + tokens], inside or [0]
 
 
 def make_sample(

@@ -40,18 +40,23 @@ def check_attention_inputs(
 
 
 def row_ranges(
-    seq_lens: torch.Tensor, starts: torch.Tensor | None, batch: int, capacity: int
+    seq_lens: torch.Tensor,
+    starts: torch.Tensor | None,
+    batch: int,
+    capacity: int,
+    *,
+    device: torch.device,
 ) -> list[tuple[int, int]]:
     """``(start, end)`` of every row on the host. A CUDA tensor synchronises here.
 
     Errors: `TidalError` for wrong shapes, and for an end beyond ``capacity`` or before the start.
     """
-    check_tensor("seq_lens", seq_lens, (batch,), dtypes=(torch.int32,), device=seq_lens.device)
+    check_tensor("seq_lens", seq_lens, (batch,), dtypes=(torch.int32,), device=device)
     ends = seq_lens.tolist()
     if starts is None:
         begins = [0] * batch
     else:
-        check_tensor("starts", starts, (batch,), dtypes=(torch.int32,), device=seq_lens.device)
+        check_tensor("starts", starts, (batch,), dtypes=(torch.int32,), device=device)
         begins = starts.tolist()
     for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         if not 0 <= begin <= end <= capacity:

@@ -55,16 +55,18 @@ def dense_decode(
             f"scores: expected None or one of {', '.join(SCORE_KINDS)}, got {scores!r}"
         )
     resolve_backend(backend)
-    ranges = row_ranges(seq_lens, starts, q.shape[0], layout.capacity(k, block_table))
+    batch, query_heads, head_dim = q.shape
+    capacity = layout.capacity(k, block_table)
+    ranges = row_ranges(seq_lens, starts, batch, capacity, device=q.device)
 
     out = torch.zeros_like(q, dtype=torch.float32)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
     token_scores = None
     if scores is not None:
-        sets = {"shared": 1, "kv_head": kv_heads}.get(scores, q.shape[1])
+        sets = {"shared": 1, "kv_head": kv_heads}.get(scores, query_heads)
         width = max((end for _, end in ranges), default=0)
-        token_scores = torch.full((q.shape[0], sets, width), -torch.inf, device=q.device)
-    grouped = (q.float() * scale).reshape(q.shape[0], kv_heads, -1, q.shape[2])
+        token_scores = torch.full((batch, sets, width), -torch.inf, device=q.device)
+    grouped = (q.float() * scale).reshape(batch, kv_heads, query_heads // kv_heads, head_dim)
     for row, (start, end) in enumerate(ranges):
         if start == end:
             continue

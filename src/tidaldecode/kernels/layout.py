@@ -30,32 +30,23 @@ def read_range(
     return tokens[start - offset : end - offset].transpose(0, 1)
 
 
-def gather_shared(
+def gather(
     cache: torch.Tensor, block_table: torch.Tensor | None, row: int, positions: torch.Tensor
 ) -> torch.Tensor:
-    """The same positions ``[N]`` of every KV head: ``[Hkv, N, D]``."""
-    if block_table is None:
-        return cache[row].index_select(1, positions)
-    block_size = cache.shape[1]
-    blocks = block_table[row].long()[positions // block_size]
-    return cache[blocks, positions % block_size].transpose(0, 1)
+    """Selected positions of one row.
 
-
-def gather_per_head(
-    cache: torch.Tensor,
-    block_table: torch.Tensor | None,
-    row: int,
-    positions: torch.Tensor,
-) -> torch.Tensor:
-    """Positions ``[R, N]`` with ``R`` a multiple of Hkv: ``[R, N, D]``, set ``r`` from its KV head."""
-    sets, selected = positions.shape
-    if block_table is None:
-        group = sets // cache.shape[1]
-        out = cache.new_empty(sets, selected, cache.shape[3])
-        for index in range(sets):
-            torch.index_select(cache[row, index // group], 0, positions[index], out=out[index])
-        return out
-    block_size, kv_heads = cache.shape[1], cache.shape[2]
-    blocks = block_table[row].long()[positions // block_size]
+    ``positions [R, N]`` int64. R = 1: the same of every KV head, ``[Hkv, N, D]``; else R is a multiple
+    of Hkv and set ``r`` is read from its KV head, ``[R, N, D]``.
+    """
+    kv_heads = cache.shape[1] if block_table is None else cache.shape[2]
+    sets = max(positions.shape[0], kv_heads)
     heads = torch.arange(sets, device=cache.device)[:, None] // (sets // kv_heads)
-    return cache[blocks, positions % block_size, heads]
+    if block_table is not None:
+        block_size = cache.shape[1]
+        blocks = block_table[row].long()[positions // block_size]
+        return cache[blocks, positions % block_size, heads]
+    if cache[row].is_contiguous():
+        # One flat gather of whole rows is the fastest that torch has on a CPU.
+        flat = (heads * cache.shape[2] + positions).flatten()
+        return cache[row].flatten(0, 1).index_select(0, flat).view(sets, -1, cache.shape[3])
+    return cache[row][heads, positions]

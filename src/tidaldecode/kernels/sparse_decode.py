@@ -14,6 +14,7 @@ from tidaldecode.kernels.dispatch import resolve_backend
 from tidaldecode.kernels.select_tokens import Selection
 
 _LOWEST = torch.finfo(torch.float32).min
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def sparse_decode(
@@ -37,7 +38,7 @@ def sparse_decode(
     Errors: `TidalError` naming the argument that breaks the contract.
     """
     kv_heads = check_attention_inputs(q, k, v, block_table)
-    batch, query_heads, _ = q.shape
+    batch, query_heads, head_dim = q.shape
     positions, counts = selection.positions, selection.counts
     int32 = (torch.int32,)
     check_tensor(
@@ -53,38 +54,31 @@ def sparse_decode(
 
     out = torch.zeros_like(q, dtype=torch.float32)
     lse = torch.full((batch, query_heads), -torch.inf, dtype=torch.float32, device=q.device)
-    grouped = (q.float() * scale).reshape(batch, max(sets, kv_heads), -1, q.shape[2])
+    grouped = (q.float() * scale).reshape(
+        batch, max(sets, kv_heads), query_heads // max(sets, kv_heads), head_dim
+    )
     for row, row_counts in enumerate(counts.tolist()):
         longest = max(row_counts)
         if longest == 0:
             continue
         chosen = positions[row, :, :longest].long()
         ragged = min(row_counts) < longest
-        empty = chosen < 0
+        # A padded slot has to read something: any position that this row is known to hold.
+        readable = torch.where(chosen < 0, positions[row].amax(), chosen) if ragged else chosen
+        keys, values = (
+            layout.gather(cache, block_table, row, readable).float() for cache in (k, v)
+        )
+        # Keys first: a product with few columns runs at memory speed, one with few rows does not.
+        logits = torch.bmm(keys, grouped[row].transpose(1, 2)).transpose(1, 2).contiguous()
         if ragged:
-            # A padded slot reads a row that is valid, then weighs it by zero.
-            chosen = torch.where(empty, positions[row].amax().long(), chosen)
-        keys, values = (_gather(cache, block_table, row, chosen, kv_heads) for cache in (k, v))
-        logits = torch.bmm(grouped[row], keys.float().transpose(1, 2))
-        if ragged:
-            hidden = empty.repeat_interleave(logits.shape[0] // sets, 0)[:, None]
-            logits.masked_fill_(hidden, -torch.inf)
-        row_lse = logits.logsumexp(-1)
-        # The floor keeps -inf - -inf from making NaN where one set of a row is empty.
-        weights = (logits - row_lse.clamp(min=_LOWEST)[..., None]).exp()
-        out[row] = torch.bmm(weights, values.float()).flatten(0, 1)
-        lse[row] = row_lse.flatten()
+            # What a padded slot read is nobody's: out with it, whatever it holds.
+            empty = (chosen < 0).expand(logits.shape[0], -1)
+            logits.masked_fill_(empty[:, None], -torch.inf)
+            values = values.masked_fill(empty[..., None], 0)
+        # The floors keep an empty set of a row at zero, where -inf - -inf and 0 / 0 would make NaN.
+        peak = logits.amax(-1, keepdim=True).clamp(min=_LOWEST)
+        weights = (logits - peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out[row] = (torch.bmm(weights, values) / total.clamp(min=_TINY)).flatten(0, 1)
+        lse[row] = (peak + total.log()).flatten()
     return out.to(q.dtype), lse
-
-
-def _gather(
-    cache: torch.Tensor,
-    block_table: torch.Tensor | None,
-    row: int,
-    positions: torch.Tensor,
-    kv_heads: int,
-) -> torch.Tensor:
-    """Rows of one sequence at positions ``[R, N]``: ``[max(R, Hkv), N, D]``."""
-    if positions.shape[0] == 1:
-        return layout.gather_shared(cache, block_table, row, positions[0])
-    return layout.gather_per_head(cache, block_table, row, positions)

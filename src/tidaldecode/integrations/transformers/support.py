@@ -37,6 +37,8 @@ def inspect_model(model: PreTrainedModel) -> tuple[PreTrainedModel, ModelShape]:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise TidalError(f"model: expected a decoder-only model, got {name} with an encoder")
+    if any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
+        raise TidalError(f"model: expected a decoder, got {name} with bidirectional attention")
     if (softcap := getattr(config, "attn_logit_softcapping", None)) is not None:
         raise TidalError(
             f"model: expected plain softmax attention, got {name} with attention soft-capping "

@@ -1,0 +1,49 @@
+"""The command line: parses, wires parts together and prints; the work is done elsewhere.
+
+Every fault of the input ends as one line on stderr and exit code 2; Ctrl-C ends with 130.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from tidaldecode.cli.demo import demo
+from tidaldecode.cli.generate import generate
+from tidaldecode.cli.info import info
+from tidaldecode.errors import TidalError
+
+app = typer.Typer(
+    name="tidaldecode",
+    help="TidalDecode: sparse-attention decoding for long contexts.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.command()(demo)
+app.command()(generate)
+app.command()(info)
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point of the ``tidaldecode`` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="tidaldecode")
+    except (TidalError, typer.TyperException) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        if message:
+            print(f"tidaldecode: error: {' '.join(message.split())}", file=sys.stderr)
+        return USAGE_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        print("tidaldecode: interrupted; no result file was written", file=sys.stderr)
+    return code if isinstance(code, int) else 0

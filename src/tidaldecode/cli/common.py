@@ -1,0 +1,107 @@
+"""Options and small steps that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidaldecode.config import TidalConfig
+from tidaldecode.errors import TidalError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", help="Local model directory; default: the embedded model.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; auto: float32 on a CPU.")
+]
+BudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        "--budget", help="Tokens that sparse layers attend to; default: the model's file."
+    ),
+]
+SelectLayersOption = Annotated[
+    str | None,
+    typer.Option("--select-layers", help="Layers that select tokens, such as 2,13; or auto."),
+]
+GranularityOption = Annotated[
+    str | None,
+    typer.Option("--granularity", help="Tokens per layer: shared, kv_head or query_head sets."),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help="A published system: paper, lessismore or streaming."),
+]
+
+
+def load(
+    directory: Path | None, device: str, dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model directory, or the embedded model, without the host's chatter."""
+    from transformers.utils import logging
+
+    from tidaldecode.demo import MODEL_DIRECTORY
+    from tidaldecode.integrations.transformers.loading import load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return load_model(directory or MODEL_DIRECTORY, device=device, dtype=dtype)
+
+
+def overrides(
+    *,
+    budget: int | None = None,
+    select_layers: str | None = None,
+    granularity: str | None = None,
+) -> dict[str, Any]:
+    """The settings that were given on the command line, by the names of `TidalConfig`."""
+    given = {
+        "budget": budget,
+        "select_layers": parse_layers(select_layers),
+        "granularity": granularity,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def preset(name: str | None, options: dict[str, Any]) -> tuple[TidalConfig | None, dict[str, Any]]:
+    """The preset's configuration with ``options`` worked in, or None and the options themselves."""
+    if name is None:
+        return None, options
+    return TidalConfig.preset(name, **options), {}
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | str | None:
+    """``"2,13"`` to ``(2, 13)``; ``"auto"`` and None stay. Errors: `TidalError`."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise TidalError(
+            f"select-layers: expected auto or layer numbers such as 2,13, got {text!r}"
+        ) from None
+
+
+def claim_results(directory: Path, names: list[str], overwrite: bool) -> None:
+    """Make sure, before any long work, that these results can be written to ``directory``.
+
+    Errors: `TidalError` when the folder cannot be made, or would lose results without ``overwrite``.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TidalError(
+            f"output-dir: expected a folder to write to, got {directory}: {error.strerror}"
+        ) from error
+    present = [name for name in names if (directory / name).exists()]
+    if present and not overwrite:
+        raise TidalError(
+            f"output-dir: expected no earlier results in {directory}, found {', '.join(present)}; "
+            "pass --overwrite or another --output-dir"
+        )
