@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
-SOURCES := src tests training examples
+SOURCES := src tests training
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-oldest lint format bench clean help

@@ -53,7 +53,9 @@ def test_no_import_goes_up() -> None:
     for path in ROOT.rglob("*.py"):
         here = room(path)
         allowed = ALLOWED[here] | FOUNDATIONS | {here}
-        wrong += [f"{path.relative_to(ROOT)} imports {there}" for there in imported_rooms(path) - allowed]
+        wrong += [
+            f"{path.relative_to(ROOT)} imports {there}" for there in imported_rooms(path) - allowed
+        ]
     assert not wrong, wrong
 
 

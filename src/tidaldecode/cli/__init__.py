@@ -37,13 +37,21 @@ def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
     try:
         code = app(arguments, standalone_mode=False, prog_name="tidaldecode")
-    except (TidalError, typer.TyperException) as error:
-        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        if message:
-            print(f"tidaldecode: error: {' '.join(message.split())}", file=sys.stderr)
-        return USAGE_ERROR
+    except TidalError as error:
+        return _fail(str(error))
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "tidaldecode"
+        message = error.format_message()
+        return _fail(f"{message} (see {command} --help)") if message else USAGE_ERROR
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
         print("tidaldecode: interrupted; no result file was written", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    """Print one line and return the exit code that goes with it."""
+    print(f"tidaldecode: error: {' '.join(message.split())}", file=sys.stderr)
+    return USAGE_ERROR

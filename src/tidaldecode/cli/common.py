@@ -34,6 +34,13 @@ GranularityOption = Annotated[
     str | None,
     typer.Option("--granularity", help="Tokens per layer: shared, kv_head or query_head sets."),
 ]
+SinkTokensOption = Annotated[
+    int | None, typer.Option("--sink-tokens", help="First tokens that are always attended to.")
+]
+RecentTokensOption = Annotated[
+    int | None,
+    typer.Option("--recent-tokens", help="Tokens before the newest that are always attended to."),
+]
 PresetOption = Annotated[
     str | None,
     typer.Option("--preset", help="A published system: paper, lessismore or streaming."),
@@ -59,12 +66,16 @@ def overrides(
     budget: int | None = None,
     select_layers: str | None = None,
     granularity: str | None = None,
+    sink_tokens: int | None = None,
+    recent_tokens: int | None = None,
 ) -> dict[str, Any]:
     """The settings that were given on the command line, by the names of `TidalConfig`."""
     given = {
         "budget": budget,
         "select_layers": parse_layers(select_layers),
         "granularity": granularity,
+        "sink_tokens": sink_tokens,
+        "recent_tokens": recent_tokens,
     }
     return {name: value for name, value in given.items() if value is not None}
 

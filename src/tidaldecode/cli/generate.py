@@ -16,7 +16,9 @@ from tidaldecode.cli.common import (
     GranularityOption,
     ModelOption,
     PresetOption,
+    RecentTokensOption,
     SelectLayersOption,
+    SinkTokensOption,
     load,
     overrides,
     preset,
@@ -38,6 +40,8 @@ def generate(
     budget: BudgetOption = None,
     select_layers: SelectLayersOption = None,
     granularity: GranularityOption = None,
+    sink_tokens: SinkTokensOption = None,
+    recent_tokens: RecentTokensOption = None,
     preset_name: PresetOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[
@@ -59,7 +63,13 @@ def generate(
     text = _read_prompt(prompt, prompt_file)
     base, options = preset(
         preset_name,
-        overrides(budget=budget, select_layers=select_layers, granularity=granularity),
+        overrides(
+            budget=budget,
+            select_layers=select_layers,
+            granularity=granularity,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens,
+        ),
     )
     loaded, tokenizer = load(model, device, dtype)
     ids = encode_prompt(loaded, tokenizer, text, max_new_tokens)

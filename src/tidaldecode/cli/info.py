@@ -15,8 +15,9 @@ from tidaldecode.cli.common import (
     GranularityOption,
     ModelOption,
     PresetOption,
+    RecentTokensOption,
     SelectLayersOption,
-    load,
+    SinkTokensOption,
     overrides,
     preset,
 )
@@ -32,6 +33,8 @@ def info(
     budget: BudgetOption = None,
     select_layers: SelectLayersOption = None,
     granularity: GranularityOption = None,
+    sink_tokens: SinkTokensOption = None,
+    recent_tokens: RecentTokensOption = None,
     preset_name: PresetOption = None,
     context: Annotated[
         int, typer.Option(min=1, help="Tokens of context for the figures of KV read.")
@@ -40,15 +43,22 @@ def info(
     """Print versions, devices and backends; with --model, the plan it gets and why."""
     base, options = preset(
         preset_name,
-        overrides(budget=budget, select_layers=select_layers, granularity=granularity),
+        overrides(
+            budget=budget,
+            select_layers=select_layers,
+            granularity=granularity,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens,
+        ),
     )
     table = _machine()
     if model is not None:
         from tidaldecode.integrations.transformers import enable
+        from tidaldecode.integrations.transformers.loading import load_skeleton
 
-        loaded, _ = load(model, "cpu", "auto")
-        with enable(loaded, base, **options) as handle:
-            _describe(table, loaded, handle, context)
+        skeleton = load_skeleton(model)
+        with enable(skeleton, base, **options) as handle:
+            _describe(table, skeleton, handle, context)
     Console().print(table)
 
 

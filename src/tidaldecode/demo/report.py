@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -20,12 +21,12 @@ HEATMAP_FILE = "needle.png"
 def show_table(console: Console, demo: Demo, summaries: Sequence[MethodSummary]) -> None:
     """Print the table and the plan."""
     longest = max(demo.grid.contexts)
-    table = Table(title="Needles found in this Python's own standard library")
-    table.add_column("method")
-    table.add_column("exact match", justify="right")
+    table = Table(title="Needles found in this Python's own standard library", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    table.add_column("exact match", justify="right", no_wrap=True)
     table.add_column("attended\n(tokens)", justify="right")
     table.add_column("KV read\n(MB/step)", justify="right")
-    table.add_column("less than\nfull (x)", justify="right")
+    table.add_column("ratio\nto full", justify="right")
     table.add_column("time\n(ms/token)", justify="right")
     for line in summaries:
         table.add_row(
@@ -33,7 +34,7 @@ def show_table(console: Console, demo: Demo, summaries: Sequence[MethodSummary])
             f"{100 * line.exact / line.questions:.0f} % ({line.exact}/{line.questions})",
             f"{line.attended_tokens:,}",
             f"{line.kv_bytes / 1e6:.2f}",
-            f"{line.kv_ratio:.1f}",
+            f"1 : {line.kv_ratio:.1f}",
             f"{line.step_ms:.1f}",
         )
     console.print(table)

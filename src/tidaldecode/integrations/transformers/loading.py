@@ -13,6 +13,7 @@ from tidaldecode.integrations.transformers.attention import HOST
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -33,6 +34,23 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def load_skeleton(directory: str | Path) -> PreTrainedModel:
+    """The decoder that ``directory`` describes, without weights: enough to plan it, at no cost.
+
+    Errors: `TidalError` when the directory does not describe a decoder.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = _model_folder(directory)
+    try:
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=HOST)
+    except Exception as error:
+        raise _not_loadable(folder, error) from error
+    return model.eval()
+
+
 def load_model(
     directory: str | Path, *, device: str = "auto", dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -47,19 +65,14 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise TidalError(f"model: expected a local model directory, found none at {folder}")
-    if not (folder / "config.json").is_file():
-        raise TidalError(f"model: expected a config.json in {folder}, found none")
+    folder = _model_folder(directory)
     if dtype != "auto" and dtype not in DTYPES:
         raise TidalError(f"dtype: expected auto or one of {', '.join(DTYPES)}, got {dtype!r}")
     place = resolve_device(device)
     wanted: Any = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
-    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(folder, **local)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -67,14 +80,10 @@ def load_model(
             attn_implementation=HOST,
             use_safetensors=True,
             output_loading_info=True,
-            **local,
+            **_LOCAL,
         )
     except Exception as error:
-        # Every fault of a foreign directory ends here; transformers raises a dozen types for them.
-        raise TidalError(
-            f"model: expected a decoder that transformers can load from {folder}, got "
-            f"{type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise _not_loadable(folder, error) from error
     if report["missing_keys"]:
         raise TidalError(
             f"model: expected all weights in {folder}, but {len(report['missing_keys'])} are missing, "
@@ -83,6 +92,19 @@ def load_model(
     return model.to(place).eval(), tokenizer
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+def _model_folder(directory: str | Path) -> Path:
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise TidalError(f"model: expected a local model directory, found none at {folder}")
+    if not (folder / "config.json").is_file():
+        raise TidalError(f"model: expected a config.json in {folder}, found none")
+    return folder
+
+
+def _not_loadable(folder: Path, error: Exception) -> TidalError:
+    """What to say of a foreign directory; transformers raises a dozen types for its faults."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return TidalError(
+        f"model: expected a decoder that transformers can load from {folder}, got "
+        f"{type(error).__name__}: {lines[0]}"
+    )

@@ -1,0 +1,206 @@
+"""The command line as a user meets it: one clear line for every fault, no traceback, no debris."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tidaldecode.cli import run
+from tidaldecode.demo import MODEL_DIRECTORY
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run a command that must fail; return its one line of complaint."""
+    assert run(list(arguments)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("tidaldecode: error: ")
+    assert captured.out == ""
+    return lines[0].removeprefix("tidaldecode: error: ")
+
+
+@pytest.fixture
+def broken_models(tmp_path):
+    """Model directories, each with one thing wrong."""
+    config = json.loads((MODEL_DIRECTORY / "config.json").read_text())
+    made = {}
+    for name in ("empty", "no-json", "truncated", "pickle", "encoder", "no-weights"):
+        made[name] = tmp_path / name
+        made[name].mkdir()
+    (made["no-json"] / "config.json").write_text("{")
+    for name in ("truncated", "pickle", "no-weights"):
+        for part in ("tokenizer.json", "tokenizer_config.json"):
+            (made[name] / part).write_bytes((MODEL_DIRECTORY / part).read_bytes())
+        (made[name] / "config.json").write_text(json.dumps(config))
+    (made["truncated"] / "model.safetensors").write_bytes(b"\0" * 100)
+    (made["pickle"] / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    encoder = {"model_type": "bert", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2}
+    encoder |= {"num_attention_heads": 2, "intermediate_size": 8}
+    (made["encoder"] / "config.json").write_text(json.dumps(encoder))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty", "model: expected a config.json"),
+        ("no-json", "model: expected a decoder that transformers can load"),
+        ("truncated", "model: expected a decoder that transformers can load"),
+        ("pickle", "model: expected a decoder that transformers can load"),
+        ("encoder", "model: expected a decoder"),
+        ("no-weights", "model: expected a decoder that transformers can load"),
+    ],
+)
+def test_a_bad_model_directory_is_one_line(capsys, broken_models, name, message):
+    line = refused(capsys, "generate", "--prompt", "x", "--model", str(broken_models[name]))
+    assert line.startswith(message)
+
+
+def test_a_missing_model_directory_is_one_line(capsys, tmp_path):
+    line = refused(capsys, "generate", "--prompt", "x", "--model", str(tmp_path / "none"))
+    assert line.startswith("model: expected a local model directory")
+    assert "model: expected" in refused(capsys, "info", "--model", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "0"], "budget: expected a whole number from 1 up, got 0"),
+        (["--budget", "-5"], "budget: expected a whole number from 1 up, got -5"),
+        (["--budget", "many"], "Invalid value for '--budget'"),
+        (["--budget", "10"], "budget: expected at least 20 tokens"),
+        (["--select-layers", "2,99"], "select_layers: expected layer numbers from 0 to 11, got 99"),
+        (["--select-layers", "one"], "select-layers: expected auto or layer numbers"),
+        (["--select-layers", "0,6"], "select_layers: expected layers after the 2 dense ones"),
+        (["--select-layers", "6,2"], "select_layers: expected 'auto' or ascending"),
+        (["--select-layers", "6"], "plan DD....S.....: expected a selection layer before"),
+        (["--granularity", "page"], "granularity: expected 'shared' or 'kv_head' or 'query_head'"),
+        (["--preset", "unheard-of"], "preset: expected one of paper, lessismore, streaming"),
+        (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["--max-new-tokens", "20000"], "prompt: expected at most 16,384 tokens"),
+        (["--temperature", "-1"], "Invalid value for '--temperature'"),
+        (["--no-such-option"], "No such option: --no-such-option"),
+        (["--device", "abacus"], "device: expected auto, cpu or cuda, got 'abacus'"),
+        (["--dtype", "int3"], "dtype: expected auto or one of float32, bfloat16, float16"),
+        (["--prompt-file", "p.txt"], "prompt: expected one of --prompt and --prompt-file"),
+    ],
+)
+def test_a_bad_option_is_one_line(capsys, options, message):
+    assert refused(capsys, "generate", "--prompt", "x", *options).startswith(message)
+
+
+def test_a_bad_prompt_file_is_one_line(capsys, tmp_path):
+    missing = refused(capsys, "generate", "--prompt-file", str(tmp_path / "none.txt"))
+    assert missing.startswith("prompt-file: expected a readable text file")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"ELF\xff\xfe\x00")
+    assert "expected UTF-8 text" in refused(capsys, "generate", "--prompt-file", str(binary))
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "empty prompt" in refused(capsys, "generate", "--prompt-file", str(empty))
+    folder = refused(capsys, "generate", "--prompt-file", str(tmp_path))
+    assert folder.startswith("prompt-file: expected a readable text file")
+
+
+def test_a_prompt_beyond_the_models_context_is_one_line(capsys, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("import os\n" * 20_000)
+    line = refused(capsys, "generate", "--prompt-file", str(path))
+    assert line.startswith("prompt: expected at most 16,384 tokens (the model's context)")
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    assert refused(capsys, "frobnicate").startswith("No such command 'frobnicate'")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", "100000"], "context: expected 1,024 to 16,384 tokens"),
+        (["--budget", "5"], "budget: expected at least 20 tokens"),
+        (["--samples", "0"], "Invalid value for '--samples'"),
+    ],
+)
+def test_a_bad_demo_option_leaves_nothing_behind(capsys, tmp_path, options, message):
+    line = refused(capsys, "demo", "--output-dir", str(tmp_path / "out"), *options)
+    assert line.startswith(message)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_place_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    line = refused(capsys, "demo", "--output-dir", str(tmp_path / "file" / "out"))
+    assert line.startswith("output-dir: expected a folder to write to")
+
+
+def test_earlier_results_are_not_overwritten(capsys, tmp_path):
+    (tmp_path / "demo.json").write_text("precious")
+    line = refused(capsys, "demo", "--output-dir", str(tmp_path))
+    assert "demo.json; pass --overwrite" in line
+    assert (tmp_path / "demo.json").read_text() == "precious"
+
+
+def test_generate_streams_the_answer_of_the_embedded_model(capsys, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(
+        "# The code of amber falcon is 1234567.\n"
+        + "import os\nimport sys\n" * 40
+        + "# What is the code of amber falcon? "
+    )
+    code = run(
+        ["generate", "--prompt-file", str(prompt), "--max-new-tokens", "7", "--budget", "32",
+         "--compare"]
+    )  # fmt: skip
+    captured = capsys.readouterr()
+    assert code == 0
+    assert captured.out.strip() == "1234567"
+    assert "texts: equal, all 7 tokens" in captured.err
+    assert "tokens/s" in captured.err
+
+
+def test_compare_shows_where_the_texts_part(capsys):
+    prompt = "# The code of amber falcon is 1234567.\n" + "import os\nimport sys\n" * 40
+    prompt += "# What is the code of amber falcon? "
+    code = run(
+        ["generate", "--prompt", prompt, "--max-new-tokens", "7", "--preset", "streaming",
+         "--budget", "24", "--compare"]
+    )  # fmt: skip
+    captured = capsys.readouterr()
+    assert code == 0
+    assert "texts: part at token" in captured.err
+    # The first token comes from the dense prefill, so the texts part later.
+    assert "full : '234567'" in captured.err
+
+
+def test_info_names_versions_and_the_plan_with_its_reason(capsys):
+    assert run(["info", "--model", str(MODEL_DIRECTORY)]) == 0
+    out = capsys.readouterr().out
+    assert "transformers" in out
+    assert "DDS...SS...." in out
+    assert "calibrated" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_an_interrupted_demo_ends_with_130_and_writes_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from tidaldecode.cli import main; main()", "demo",
+         "--output-dir", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; no result file was written" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,108 @@
+"""The embedded model is a real test: with the right tokens it answers, without them it cannot."""
+
+import json
+
+import pytest
+
+from tidaldecode import TidalConfig, TidalError, enable
+from tidaldecode.demo import MODEL_DIRECTORY
+from tidaldecode.demo.report import save_results
+from tidaldecode.demo.run import FULL, Demo
+from tidaldecode.integrations.transformers.engine import TransformersEngine
+from tidaldecode.integrations.transformers.loading import load_model
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(MODEL_DIRECTORY, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(loaded):
+    demo = Demo.prepare(*loaded, context=2048, budgets=[32, 64], samples=1, distractors=8, seed=1)
+    rows = []
+    assert demo.run(rows.append) == rows
+    return demo, rows
+
+
+def test_sparse_attention_finds_what_full_attention_finds(finished):
+    demo, rows = finished
+    full, *sparse, recent = demo.summarise(rows)
+    assert full.method == FULL
+    assert full.exact >= full.questions - 1
+    assert all(line.exact >= full.exact - 1 for line in sparse)
+    assert recent.exact == 0
+
+
+def test_a_wrong_selection_layer_finds_nothing(loaded):
+    demo = Demo.prepare(*loaded, context=2048, budgets=[64], samples=1, distractors=8, seed=1)
+    wrong = demo.methods[1].config.replace(select_layers=(2, 10))
+    methods = (demo.methods[0], type(demo.methods[1])("wrong", wrong))
+    rows = type(demo)(**{**vars(demo), "methods": methods}).run(lambda row: None)
+    assert sum(row.exact for row in rows if row.method == "wrong") <= len(rows) // 6
+
+
+def test_the_figures_of_the_table_are_those_of_the_plan(finished):
+    demo, rows = finished
+    full, small, large, recent = demo.summarise(rows)
+    layers, kv_heads, head_dim, context = 12, 2, 32, 2048
+    row_bytes = kv_heads * head_dim * 2 * 4
+    assert str(demo.plan) == "DDS...SS...."
+    assert full.kv_bytes == layers * context * row_bytes
+    assert small.kv_bytes == (5 * context + 7 * 32) * row_bytes
+    assert large.kv_bytes == (5 * context + 7 * 64) * row_bytes
+    assert recent.kv_bytes == 12 * 68 * row_bytes
+    assert small.kv_ratio == pytest.approx(full.kv_bytes / small.kv_bytes)
+    assert [line.attended_tokens for line in (full, small, large, recent)] == [2048, 32, 64, 68]
+
+
+def test_results_carry_their_record_and_a_heatmap(finished, tmp_path):
+    demo, rows = finished
+    paths = save_results(tmp_path, demo, rows, demo.summarise(rows), plot=True)
+    assert [path.name for path in paths] == ["demo.json", "needle.png"]
+    result = json.loads(paths[0].read_text())
+    assert result["record"]["seed"] == 1
+    assert result["record"]["versions"]["torch"]
+    assert len(result["rows"]) == len(rows)
+    assert result["record"]["methods"][FULL] is None
+
+
+@pytest.mark.parametrize("context", [0, 512, 16385])
+def test_a_context_that_the_model_does_not_have_is_refused(loaded, context):
+    with pytest.raises(TidalError, match=r"^context: expected 1,024 to 16,384 tokens"):
+        Demo.prepare(*loaded, context=context, budgets=[64], samples=1, distractors=8, seed=0)
+
+
+def test_the_plan_beside_the_model_is_used(loaded):
+    with enable(loaded[0]) as handle:
+        assert handle.config == TidalConfig.load(MODEL_DIRECTORY)
+        assert handle.reason.startswith("calibrated")
+
+
+def test_the_engine_leaves_its_prefill_as_it_was(loaded):
+    model, tokenizer = loaded
+    engine = TransformersEngine(model)
+    ids = tokenizer("import os\n" * 60).input_ids
+    engine.prefill(ids)
+    config = TidalConfig.load(MODEL_DIRECTORY).replace(budget=32)
+    first = engine.decode([7, 8, 9], 5, config)[0]
+    full = engine.decode([7, 8, 9], 5, None)[0]
+    steps = engine.steps([7, 8, 9], 5, config)
+    next(steps)
+    steps.close()
+    assert engine.decode([7, 8, 9], 5, config)[0] == first
+    assert engine.decode([7, 8, 9], 5, None)[0] == full
+    assert len(first) == len(full) == 5
+
+
+def test_the_engine_needs_something_to_start_from(loaded):
+    engine = TransformersEngine(loaded[0])
+    with pytest.raises(TidalError, match=r"^engine: expected a prefilled sequence"):
+        engine.decode([1], 1, None)
+
+
+def test_the_embedded_model_is_small_and_safe():
+    names = {path.name for path in MODEL_DIRECTORY.iterdir()}
+    assert (MODEL_DIRECTORY / "model.safetensors").stat().st_size <= 16_000_000
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in names)
+    assert {"README.md", "training_log.txt", "tidal_config.json"} <= names
