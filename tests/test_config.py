@@ -249,3 +249,8 @@ def test_a_file_that_cannot_be_used_is_refused_by_its_path(tmp_path, content, me
     with pytest.raises(TidalError, match=rf"tidal_config\.json: {message}") as refusal:
         TidalConfig.load(tmp_path)
     assert str(refusal.value).startswith(str(tmp_path))
+
+
+def test_a_zero_is_not_false():
+    with pytest.raises(TidalError, match=r"^cuda_graph: expected"):
+        TidalConfig(cuda_graph=0)

@@ -73,7 +73,7 @@ class TidalConfig:
             _check_whole_number(name, getattr(self, name), lowest)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
+            if not any(type(value) is type(choice) and value == choice for choice in choices):
                 listed = " or ".join(repr(choice) for choice in choices)
                 hint = " (the only one in this version)" if name in _LATER else ""
                 raise TidalError(f"{name}: expected {listed}{hint}, got {value!r}")

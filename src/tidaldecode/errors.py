@@ -24,6 +24,8 @@ def check_tensor(
     device: torch.device,
 ) -> None:
     """Raise `TidalError` unless ``tensor`` has this shape (``None``: any size), dtype and device."""
+    if not hasattr(tensor, "dtype") or not hasattr(tensor, "dim"):
+        raise TidalError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     expected = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
     fits = tensor.dim() == len(shape) and all(
         want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)

@@ -49,7 +49,7 @@ def package_version(name: str) -> str | None:
 
 def write_json(path: Path, value: Any) -> Path:
     """Write ``value`` as JSON to ``path``, whole or not at all. Errors: `TidalError`."""
-    text = json.dumps(value, indent=2) + "\n"
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     return write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

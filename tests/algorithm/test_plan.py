@@ -145,3 +145,14 @@ def test_default_selection_makes_a_plan_or_says_why_not(full, dense):
     nearest = min(abs(layer - 0.4 * len(full)) for layer in numbers[dense + 1 : -1])
     assert abs(chosen[1] - 0.4 * len(full)) == nearest
     assert plan.layers(SPARSE)[-1] == numbers[-1]
+
+
+def test_a_plan_needs_one_flag_for_each_layer():
+    for flags in ([True] * 3, [True] * 6):
+        with pytest.raises(TidalError, match=r"^full_attention: expected one value for each of 5"):
+            LayerPlan.build(5, dense_layers=1, select_layers=(1,), full_attention=flags)
+
+
+def test_a_negative_number_of_dense_layers_is_refused():
+    with pytest.raises(TidalError, match=r"^dense_layers: expected a number from 0 up, got -1"):
+        LayerPlan.build(8, dense_layers=-1, select_layers=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 
@@ -142,6 +143,20 @@ def test_a_base_model_without_a_head_can_be_enabled():
     assert snapshot(decoder) == before
 
 
+def test_a_copy_of_an_enabled_model_is_enabled_on_its_own():
+    model = build("Llama")
+    handle = tidaldecode.enable(model, **SMALL)
+    expected = generate(model, prompt(PROMPT))
+    twin = copy.deepcopy(model)
+    handle.disable()
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits_of(generate(twin, prompt(PROMPT))), logits_of(expected))
+    tidaldecode.disable(twin)
+    assert twin.config._attn_implementation == "sdpa"
+    dense = logits_of(generate(model, prompt(PROMPT)))
+    assert torch.equal(logits_of(generate(twin, prompt(PROMPT))), dense)
+
+
 def test_the_handle_shows_what_it_does():
     with tidaldecode.enable(build("Llama"), **SMALL) as handle:
         text = repr(handle)
@@ -254,6 +269,20 @@ def test_gradients_are_those_of_sdpa(length):
     with tidaldecode.enable(model, **SMALL):
         found = gradients(model, ids)
     assert expected["model.layers.7.self_attn.v_proj.weight"].abs().max() > 0
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_training_drops_out_as_sdpa_does():
+    model = build("Llama", attention_dropout=0.5).train()
+
+    def train():
+        torch.manual_seed(5)
+        return gradients(model, prompt(PROMPT))
+
+    expected = train()
+    with tidaldecode.enable(model, **SMALL):
+        found = train()
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
 

@@ -9,10 +9,12 @@ import torch
 from runs import SMALL, generate, left_padded, logits_of
 from snapshot import snapshot
 from tiny import build, prompt
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tidaldecode
-from tidaldecode import TidalError
+from tidaldecode import LayerPlan, TidalConfig, TidalError
+from tidaldecode.integrations.transformers.attention import Forward, tidal_attention_forward
 
 PROMPT = 24
 
@@ -66,6 +68,32 @@ def test_models_off_the_attention_interface_are_refused():
     refuse(build("Falcon"), "attention interface", "FalconModel")
 
 
+class OwnAttention(torch.nn.Module):
+    """The attention of a Llama layer, save that it never asks the interface which function to call."""
+
+    def __init__(self, host):
+        super().__init__()
+        self.host = host
+
+    def forward(self, hidden_states, position_embeddings, past_key_values=None, **kwargs):
+        query, key, value = (
+            part(hidden_states).unflatten(-1, (-1, 16)).transpose(1, 2)
+            for part in (self.host.q_proj, self.host.k_proj, self.host.v_proj)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.host.layer_idx)
+        out, _ = sdpa_attention_forward(self.host, query, key, value, kwargs["attention_mask"])
+        return self.host.o_proj(out.flatten(2)), None
+
+
+def test_models_that_never_call_the_registered_function_are_refused_when_they_run():
+    model = build("Llama")
+    for layer in model.model.layers:
+        layer.self_attn = OwnAttention(layer.self_attn)
+    decode(model)
+    refuse_to_run(model, "LlamaModel", "none did", call=decode)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "found"),
     [
@@ -85,9 +113,19 @@ def test_naming_the_layers_does_not_make_a_sliding_model_fit():
     refuse(build("Mistral", sliding_window=8), "this model has none", select_layers=(2,))
 
 
+def test_a_selection_layer_without_attention_is_refused():
+    model = build("Jamba", num_hidden_layers=14)
+    refuse(model, "select_layers", "layer 6", "1, 3, 5, 7, 9, 11, 13", select_layers=(6, 9))
+
+
 def test_an_encoder_with_a_decoder_is_refused():
     config = T5Config(vocab_size=96, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
     refuse(T5ForConditionalGeneration(config), "T5ForConditionalGeneration", "encoder")
+
+
+def test_an_encoder_is_refused():
+    config = BertConfig(vocab_size=96, hidden_size=32, intermediate_size=32, num_attention_heads=2)
+    refuse(BertModel(config), "BertModel", "bidirectional")
 
 
 def test_something_that_is_no_transformers_model_is_refused():
@@ -163,6 +201,31 @@ def test_bad_and_unknown_options_are_refused(options, named):
 
 
 # Calls.
+
+
+@pytest.mark.parametrize(
+    "found", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}]
+)
+@pytest.mark.parametrize("layer", [0, 5])
+def test_a_layer_that_asks_for_more_than_plain_softmax_is_refused(layer, found):
+    run_layer(layer, *found, f"layer {layer}", **found)
+
+
+def test_a_planned_layer_that_asks_for_a_sliding_window_is_refused():
+    run_layer(5, "layer 5", "sliding_window=8", sliding_window=8)
+
+
+def run_layer(layer: int, *named: str, **found) -> None:
+    """Call our attention function as a layer would, with what the checks of a model overlooked."""
+    module = build("Llama").model.layers[layer].self_attn
+    plan = LayerPlan.build(8, dense_layers=2, select_layers=(2, 4))
+    query, key = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 9, 16)
+    with pytest.raises(TidalError) as caught:
+        tidal_attention_forward(
+            module, query, key, key, None, tidal_forward=Forward(TidalConfig(), plan), **found
+        )
+    for part in named:
+        assert part in str(caught.value)
 
 
 def test_output_attentions_is_refused_as_an_argument():

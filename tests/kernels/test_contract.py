@@ -117,7 +117,7 @@ def test_a_cache_without_heads_is_refused(kernel):
         ({"seq_lens": torch.tensor([8, 5])}, "seq_lens: expected dtype int32, got int64"),
         (
             {"seq_lens": torch.tensor([8, 9], dtype=INT32)},
-            r"seq_lens: expected .* <= 8 \(the cache's capacity\), got starts=0 and seq_lens=9 in row 1",
+            r"seq_lens: expected .* <= 8 \(what the cache or the .*, got starts=0 and seq_lens=9",
         ),
         ({"seq_lens": torch.tensor([-1, 8], dtype=INT32)}, "seq_lens: .* seq_lens=-1 in row 0"),
         ({"starts": torch.zeros(3, dtype=INT32)}, r"starts: expected shape \[2\], got \[3\]"),
@@ -194,3 +194,39 @@ def test_an_empty_batch_gives_an_empty_answer(kernel):
         nothing = Selection(torch.zeros(0, 1, 2, dtype=INT32), torch.zeros(0, 1, dtype=INT32))
         out, lse = sparse_decode(**empty, selection=nothing)
     assert out.shape == (0, QUERY_HEADS, HEAD_DIM) and lse.shape == (0, QUERY_HEADS)
+
+
+def test_scores_narrower_than_a_row_are_refused():
+    with pytest.raises(TidalError, match=r"^seq_lens: expected 0 <= starts <= seq_lens <= 3"):
+        select_tokens(torch.zeros(1, 1, 3), torch.tensor([5], dtype=INT32), budget=2)
+
+
+@pytest.mark.parametrize(
+    ("positions", "counts"), [([[[6], [1]]], [[1, 1]]), ([[[1, 2], [1, 2]]], [[3, 3]])]
+)
+def test_a_selection_beyond_the_cache_is_refused(positions, counts):
+    selection = Selection(torch.tensor(positions, dtype=INT32), torch.tensor(counts, dtype=INT32))
+    k = torch.randn(1, 2, 5, 4)
+    with pytest.raises(TidalError, match=r"^selection: expected at most"):
+        sparse_decode(torch.randn(1, 2, 4), k, k, selection, scale=1.0)
+
+
+def test_a_hole_inside_a_set_is_skipped():
+    q, k, v = torch.randn(1, 2, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+    holes = Selection(
+        torch.tensor([[[1, 3], [-1, 2]]], dtype=INT32), torch.tensor([[2, 2]], dtype=INT32)
+    )
+    clean = Selection(
+        torch.tensor([[[1, 3], [2, -1]]], dtype=INT32), torch.tensor([[2, 1]], dtype=INT32)
+    )
+    for left, right in zip(
+        sparse_decode(q, k, v, holes, scale=1.0),
+        sparse_decode(q, k, v, clean, scale=1.0),
+        strict=True,
+    ):
+        torch.testing.assert_close(left, right)
+
+
+def test_something_that_is_no_tensor_is_refused():
+    with pytest.raises(TidalError, match=r"^seq_lens: expected a tensor, got list"):
+        dense(**arguments(), seq_lens=[8, 5])

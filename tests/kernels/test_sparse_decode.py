@@ -154,6 +154,16 @@ def test_padding_reads_nothing_that_its_own_head_did_not_select(layout):
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_padding_follows_no_block_that_the_row_does_not_hold(block_size):
+    ends, starts = [40, 39], [17, 33]
+    case = make_case(2, 2, 2, 16, 60, ends=ends, starts=starts, layout=f"paged {block_size}")
+    chosen = torch.zeros(2, 2, 60, dtype=torch.bool)
+    chosen[:, 0, 35] = True
+    chosen[:, 1, 33:38] = True
+    check(case, chosen, read_by(case, chosen))
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("granularity", ["shared", "kv_head", "query_head"])
 def test_a_paged_cache_gives_what_a_contiguous_one_gives(block_size, granularity):
     case = make_case(3, 2, 2, 32, 50, ends=[50, 31, 1], starts=[0, 16, 0])

@@ -44,7 +44,7 @@ class DecodeState:
         """The state in which a step starts; a ``preselected`` plan starts with sinks and recents."""
         state = cls(config, seq_lens, starts, block_table)
         if plan.preselected:
-            width = int(seq_lens.max())
+            width = max(seq_lens.tolist(), default=0)
             state.select(torch.zeros(len(seq_lens), 1, width, device=seq_lens.device))
         return state
 

@@ -61,6 +61,13 @@ class LayerPlan:
         Errors: `TidalError` for a layer that does not exist, is not full attention or is already
         dense, for a sparse layer without a selection before it, and for a plan with no sparse layer.
         """
+        if dense_layers < 0:
+            raise TidalError(f"dense_layers: expected a number from 0 up, got {dense_layers}")
+        if full_attention is not None and len(full_attention) != num_layers:
+            raise TidalError(
+                f"full_attention: expected one value for each of {num_layers} layers, got "
+                f"{len(full_attention)}"
+            )
         planned = list(full_attention) if full_attention is not None else [True] * num_layers
         full = [layer for layer, is_full in enumerate(planned) if is_full]
         dense = set(full[:dense_layers])

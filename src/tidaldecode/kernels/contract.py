@@ -61,7 +61,7 @@ def row_ranges(
     for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         if not 0 <= begin <= end <= capacity:
             raise TidalError(
-                f"seq_lens: expected 0 <= starts <= seq_lens <= {capacity} (the cache's capacity), "
-                f"got starts={begin} and seq_lens={end} in row {row}"
+                f"seq_lens: expected 0 <= starts <= seq_lens <= {capacity} (what the cache or the "
+                f"scores hold), got starts={begin} and seq_lens={end} in row {row}"
             )
     return list(zip(begins, ends, strict=True))

@@ -7,6 +7,7 @@ heads of a KV head in one product (KV heads are never repeated) and an online so
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -19,8 +20,10 @@ from tidaldecode.kernels.dispatch import resolve_backend
 ScoreKind = Literal["shared", "kv_head", "query_head", "query_head_logits"]
 SCORE_KINDS: tuple[ScoreKind, ...] = ("shared", "kv_head", "query_head", "query_head_logits")
 
-_CHUNK_LOGITS = 1 << 18
-_LANES = 16
+_CHUNK_LOGITS = 1 << 19
+"""Logits of one chunk: two megabytes."""
+_LANES = 64
+"""Tokens folded into one row, so that reductions over tokens run at full vector width."""
 
 
 def dense_decode(
@@ -103,14 +106,19 @@ def _dense_row(
     kv_heads, group, _ = q.shape
     chunk_tokens = max(_LANES, _CHUNK_LOGITS // (kv_heads * group) // _LANES * _LANES)
     q_columns = q.transpose(1, 2)
+    # One buffer, not one a chunk: memory that is given back and taken anew costs a page fault each time.
+    buffered = end - start if keep is not None else min(chunk_tokens, end - start)
+    buffer = torch.empty(kv_heads * group * buffered, device=q.device)
     out = torch.zeros_like(q)
     peak = torch.full((kv_heads, group), -torch.inf, device=q.device)
     total = torch.zeros_like(peak)
     parts = []
-    for first in range(start, end, chunk_tokens):
-        last = min(first + chunk_tokens, end)
+    for first, last in _chunks(start, end, chunk_tokens):
         keys = layout.read_range(k, block_table, row, first, last).float()
-        weights = torch.bmm(keys, q_columns)
+        offset = kv_heads * group * (first - start if keep is not None else 0)
+        weights = buffer[offset : offset + kv_heads * group * (last - first)]
+        weights = weights.view(kv_heads, last - first, group)
+        torch.bmm(keys, q_columns, out=weights)
         kept = weights.clone() if keep == "query_head_logits" else weights
         chunk_peak, chunk_total = _exponentiate(weights)
         values = layout.read_range(v, block_table, row, first, last).float()
@@ -123,6 +131,13 @@ def _dense_row(
         if keep is not None:
             parts.append((first, kept, chunk_peak))
     return out / total[..., None], peak + total.log(), parts
+
+
+def _chunks(start: int, end: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """Cut a range into chunks of whole lanes; what does not fill the lanes is a chunk of its own."""
+    aligned = start + (end - start) // _LANES * _LANES
+    edges = [*range(start, aligned, chunk_tokens), aligned, end]
+    return [(first, last) for first, last in pairwise(edges) if first < last]
 
 
 def _exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,16 +31,16 @@ def read_range(
 
 
 def gather(
-    cache: torch.Tensor, block_table: torch.Tensor | None, row: int, positions: torch.Tensor
+    cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    row: int,
+    heads: torch.Tensor,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
-    """Selected positions of one row.
+    """Selected positions of one row: ``[H, N, D]``.
 
-    ``positions [R, N]`` int64. R = 1: the same of every KV head, ``[Hkv, N, D]``; else R is a multiple
-    of Hkv and set ``r`` is read from its KV head, ``[R, N, D]``.
+    ``heads [H, 1]`` int64: the KV head that each set is read from; ``positions [H or 1, N]`` int64.
     """
-    kv_heads = cache.shape[1] if block_table is None else cache.shape[2]
-    sets = max(positions.shape[0], kv_heads)
-    heads = torch.arange(sets, device=cache.device)[:, None] // (sets // kv_heads)
     if block_table is not None:
         block_size = cache.shape[1]
         blocks = block_table[row].long()[positions // block_size]
@@ -48,5 +48,5 @@ def gather(
     if cache[row].is_contiguous():
         # One flat gather of whole rows is the fastest that torch has on a CPU.
         flat = (heads * cache.shape[2] + positions).flatten()
-        return cache[row].flatten(0, 1).index_select(0, flat).view(sets, -1, cache.shape[3])
+        return cache[row].flatten(0, 1).index_select(0, flat).view(len(heads), -1, cache.shape[3])
     return cache[row][heads, positions]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tidaldecode.errors import TidalError, check_tensor
+from tidaldecode.kernels.contract import row_ranges
 from tidaldecode.kernels.dispatch import resolve_backend
 
 
@@ -40,7 +41,7 @@ def select_tokens(
 
     The first ``sink_tokens`` positions of a row, its newest position and the ``recent_tokens`` before
     that are taken first; the rest go to the highest scores. Tie rule: of equal scores the lower
-    position wins. A row with no more than ``budget`` tokens is selected whole; NaN never wins.
+    position wins; NaN ranks lowest, with -inf. A row of at most ``budget`` tokens is selected whole.
 
     Args:
         scores: ``[B, R, W]`` fp32, W >= max(seq_lens); values outside a row's range are ignored.
@@ -51,9 +52,7 @@ def select_tokens(
     """
     check_tensor("scores", scores, (None,) * 3, dtypes=(torch.float32,), device=scores.device)
     batch, _, width = scores.shape
-    check_tensor("seq_lens", seq_lens, (batch,), dtypes=(torch.int32,), device=scores.device)
-    if starts is not None:
-        check_tensor("starts", starts, (batch,), dtypes=(torch.int32,), device=scores.device)
+    row_ranges(seq_lens, starts, batch, width, device=scores.device)
     if min(sink_tokens, recent_tokens) < 0 or budget < sink_tokens + recent_tokens + 1:
         raise TidalError(
             "budget: expected at least sink_tokens + recent_tokens + 1 = "

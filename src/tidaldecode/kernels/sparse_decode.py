@@ -15,6 +15,8 @@ from tidaldecode.kernels.select_tokens import Selection
 
 _LOWEST = torch.finfo(torch.float32).min
 _TINY = torch.finfo(torch.float32).tiny
+_GATHERED_ELEMENTS = 1 << 19
+"""Elements gathered at a time: two megabytes in fp32."""
 
 
 def sparse_decode(
@@ -57,28 +59,67 @@ def sparse_decode(
     grouped = (q.float() * scale).reshape(
         batch, max(sets, kv_heads), query_heads // max(sets, kv_heads), head_dim
     )
+    capacity = layout.capacity(k, block_table)
     for row, row_counts in enumerate(counts.tolist()):
-        longest = max(row_counts)
-        if longest == 0:
+        chosen = positions[row, :, : max(row_counts)].long()
+        if chosen.numel() == 0:
             continue
-        chosen = positions[row, :, :longest].long()
-        ragged = min(row_counts) < longest
+        lowest, highest = (int(bound) for bound in chosen.aminmax())
+        if max(row_counts) > positions.shape[2] or highest >= capacity:
+            raise TidalError(
+                f"selection: expected at most {positions.shape[2]} positions below {capacity} (the "
+                f"cache's capacity) in row {row}, got {max(row_counts)} up to {highest}"
+            )
+        if highest < 0:
+            continue
         # A padded slot has to read something: any position that this row is known to hold.
-        readable = torch.where(chosen < 0, positions[row].amax(), chosen) if ragged else chosen
-        keys, values = (
-            layout.gather(cache, block_table, row, readable).float() for cache in (k, v)
-        )
-        # Keys first: a product with few columns runs at memory speed, one with few rows does not.
-        logits = torch.bmm(keys, grouped[row].transpose(1, 2)).transpose(1, 2).contiguous()
-        if ragged:
-            # What a padded slot read is nobody's: out with it, whatever it holds.
-            empty = (chosen < 0).expand(logits.shape[0], -1)
-            logits.masked_fill_(empty[:, None], -torch.inf)
-            values = values.masked_fill(empty[..., None], 0)
-        # The floors keep an empty set of a row at zero, where -inf - -inf and 0 / 0 would make NaN.
-        peak = logits.amax(-1, keepdim=True).clamp(min=_LOWEST)
-        weights = (logits - peak).exp_()
-        total = weights.sum(-1, keepdim=True)
-        out[row] = (torch.bmm(weights, values) / total.clamp(min=_TINY)).flatten(0, 1)
-        lse[row] = (peak + total.log()).flatten()
+        padded = chosen < 0 if lowest < 0 else None
+        if padded is not None:
+            chosen = chosen.masked_fill(padded, highest)
+        row_out, row_lse = _sparse_row(grouped[row], k, v, block_table, row, chosen, padded)
+        out[row], lse[row] = row_out.flatten(0, 1), row_lse.flatten()
     return out.to(q.dtype), lse
+
+
+def _sparse_row(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor | None,
+    row: int,
+    chosen: torch.Tensor,
+    padded: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one row: ``q [H, G, D]`` fp32, scaled, over ``chosen [H or 1, N]`` int64.
+
+    ``padded``, of chosen's shape, marks slots that are nobody's. Returns ``out [H, G, D]`` and
+    ``lse [H, G]``. A few heads are gathered at a time, so that their rows stay in the processor's
+    cache until the product has read them.
+    """
+    sets = len(q)
+    kv_heads = k.shape[1] if block_table is None else k.shape[2]
+    heads = torch.arange(sets, device=q.device)[:, None] // (sets // kv_heads)
+    step = max(1, _GATHERED_ELEMENTS // (chosen.shape[1] * q.shape[2]))
+
+    def rows(cache: torch.Tensor, block: slice) -> torch.Tensor:
+        positions = chosen if len(chosen) == 1 else chosen[block]
+        return layout.gather(cache, block_table, row, heads[block], positions).float()
+
+    blocks = [slice(first, first + step) for first in range(0, sets, step)]
+    # Keys first: a product with few columns runs at memory speed, one with few rows does not.
+    columns = torch.cat([torch.bmm(rows(k, block), q[block].transpose(1, 2)) for block in blocks])
+    logits = columns.transpose(1, 2).contiguous()
+    if padded is not None:
+        padded = padded.expand(sets, -1)
+        logits.masked_fill_(padded[:, None], -torch.inf)
+    # The floors keep an empty set of a row at zero, where -inf - -inf and 0 / 0 would make NaN.
+    peak = logits.amax(-1, keepdim=True).clamp(min=_LOWEST)
+    weights = (logits - peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = []
+    for block in blocks:
+        values = rows(v, block)
+        if padded is not None:
+            values = values.masked_fill(padded[block][..., None], 0)
+        out.append(torch.bmm(weights[block], values))
+    return torch.cat(out) / total.clamp(min=_TINY), (peak + total.log()).squeeze(-1)

@@ -1,0 +1,32 @@
+"""The bytes model: what a step reads, counted by hand."""
+
+import pytest
+
+from tidaldecode import LayerPlan, TidalConfig
+from tidaldecode.algorithm.cost import full_kv_bytes_per_step, kv_bytes_per_step
+
+PLAN = LayerPlan.build(
+    6, dense_layers=1, select_layers=(1,), full_attention=[True, True, True, False, True, True]
+)
+SIZES = {"context": 1000, "kv_heads": 2, "head_dim": 8, "element_bytes": 2}
+ROW = 2 * 8 * 2  # K and V of one token and head
+
+
+def read(granularity: str, budget: int) -> int:
+    config = TidalConfig(budget=budget, select_layers=(1,), granularity=granularity)
+    return kv_bytes_per_step(PLAN, config, query_heads=6, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "sets"), [("shared", 2), ("kv_head", 2), ("query_head", 6)]
+)
+def test_sparse_layers_read_their_budget_once_for_each_set(granularity, sets):
+    assert read(granularity, 100) == (2 * 1000 * 2 + 3 * 100 * sets) * ROW
+
+
+def test_a_budget_beyond_the_context_reads_the_context():
+    assert read("shared", 5000) == 5 * 1000 * 2 * ROW
+
+
+def test_full_attention_reads_everything_in_every_planned_layer():
+    assert full_kv_bytes_per_step(PLAN, **SIZES) == 5 * 1000 * 2 * ROW
