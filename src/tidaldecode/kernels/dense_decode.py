@@ -7,7 +7,7 @@ heads of a KV head in one product (KV heads are never repeated) and an online so
 
 from __future__ import annotations
 
-from itertools import pairwise
+import math
 from typing import Literal
 
 import torch
@@ -22,8 +22,6 @@ SCORE_KINDS: tuple[ScoreKind, ...] = ("shared", "kv_head", "query_head", "query_
 
 _CHUNK_LOGITS = 1 << 19
 """Logits of one chunk: two megabytes."""
-_LANES = 64
-"""Tokens folded into one row, so that reductions over tokens run at full vector width."""
 
 
 def dense_decode(
@@ -80,7 +78,7 @@ def dense_decode(
         lse[row] = row_lse.flatten()
         if token_scores is not None:
             for first, chunk, peak in parts:
-                token_scores[row, :, first : first + chunk.shape[1]] = _score_chunk(
+                token_scores[row, :, first : first + chunk.shape[2]] = _score_chunk(
                     chunk, peak - row_lse, scores
                 )
     return out.to(q.dtype), lse, token_scores
@@ -101,67 +99,54 @@ def _dense_row(
 
     Returns ``out [Hkv, G, D]``, ``lse [Hkv, G]`` and, with ``keep``, for every chunk its first
     position, what its scores are made of (unnormalised weights, or logits if those are the scores)
-    ``[Hkv, C, G]`` and its maximal logits ``[Hkv, G]``.
+    ``[Hkv, G, C]`` and its maximal logits ``[Hkv, G]``.
     """
     kv_heads, group, _ = q.shape
-    chunk_tokens = max(_LANES, _CHUNK_LOGITS // (kv_heads * group) // _LANES * _LANES)
-    q_columns = q.transpose(1, 2)
-    # One buffer, not one a chunk: memory that is given back and taken anew costs a page fault each time.
-    buffered = end - start if keep is not None else min(chunk_tokens, end - start)
-    buffer = torch.empty(kv_heads * group * buffered, device=q.device)
+    length = end - start
+    chunk = min(length, max(1, _CHUNK_LOGITS // (kv_heads * group)))
+    # Two buffers, not two a chunk: memory given back and taken anew costs a page fault a page.
+    products = torch.empty(chunk * kv_heads * group, device=q.device)
+    buffer = torch.empty((chunk if keep is None else length) * kv_heads * group, device=q.device)
     out = torch.zeros_like(q)
     peak = torch.full((kv_heads, group), -torch.inf, device=q.device)
     total = torch.zeros_like(peak)
     parts = []
-    for first, last in _chunks(start, end, chunk_tokens):
+    for first in range(start, end, chunk):
+        last = min(first + chunk, end)
         keys = layout.read_range(k, block_table, row, first, last).float()
-        offset = kv_heads * group * (first - start if keep is not None else 0)
-        weights = buffer[offset : offset + kv_heads * group * (last - first)]
-        weights = weights.view(kv_heads, last - first, group)
-        torch.bmm(keys, q_columns, out=weights)
-        kept = weights.clone() if keep == "query_head_logits" else weights
-        chunk_peak, chunk_total = _exponentiate(weights)
         values = layout.read_range(v, block_table, row, first, last).float()
-        chunk_out = torch.bmm(weights.transpose(1, 2), values)
+        # Keys first: a product with few columns runs at memory speed, one with few rows does not.
+        logits = _cut(products, 0, (kv_heads, last - first, group))
+        torch.bmm(keys, q.transpose(1, 2), out=logits)
+        offset = 0 if keep is None else (first - start) * kv_heads * group
+        weights = _cut(buffer, offset, (kv_heads, group, last - first))
+        weights.copy_(logits.transpose(1, 2))
+        kept = weights.clone() if keep == "query_head_logits" else weights
+        chunk_peak = weights.amax(-1)
+        weights.sub_(chunk_peak[..., None]).exp_()
         new_peak = torch.maximum(peak, chunk_peak)
         old_scale, new_scale = (peak - new_peak).exp(), (chunk_peak - new_peak).exp()
-        out = out * old_scale[..., None] + chunk_out * new_scale[..., None]
-        total = total * old_scale + chunk_total * new_scale
+        out = out * old_scale[..., None] + torch.bmm(weights, values) * new_scale[..., None]
+        total = total * old_scale + weights.sum(-1) * new_scale
         peak = new_peak
         if keep is not None:
             parts.append((first, kept, chunk_peak))
     return out / total[..., None], peak + total.log(), parts
 
 
-def _chunks(start: int, end: int, chunk_tokens: int) -> list[tuple[int, int]]:
-    """Cut a range into chunks of whole lanes; what does not fill the lanes is a chunk of its own."""
-    aligned = start + (end - start) // _LANES * _LANES
-    edges = [*range(start, aligned, chunk_tokens), aligned, end]
-    return [(first, last) for first, last in pairwise(edges) if first < last]
-
-
-def _exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place ``exp(logits - max)``; returns the maxima and the sums over tokens, ``[Hkv, G]``.
-
-    ``logits [Hkv, C, G]``. G is short, so several tokens are folded into one wide row: reductions
-    along it run at full vector width.
-    """
-    kv_heads, tokens, group = logits.shape
-    lanes = _LANES if tokens % _LANES == 0 else 1
-    wide = logits.view(kv_heads, tokens // lanes, lanes * group)
-    peak = wide.amax(1).view(kv_heads, lanes, group).amax(1)
-    wide.sub_(peak.repeat(1, lanes)[:, None]).exp_()
-    total = wide.sum(1).view(kv_heads, lanes, group).sum(1)
-    return peak, total
+def _cut(buffer: torch.Tensor, offset: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    """A piece of a flat buffer as a contiguous tensor."""
+    return buffer[offset : offset + math.prod(shape)].view(shape)
 
 
 def _score_chunk(
     kept: torch.Tensor, log_scale: torch.Tensor, kind: ScoreKind | None
 ) -> torch.Tensor:
-    """Scores ``[R, C]`` of one chunk: ``kept [Hkv, C, G]``, times ``exp(log_scale [Hkv, G])``."""
+    """Scores ``[R, C]`` of one chunk: ``kept [Hkv, G, C]``, times ``exp(log_scale [Hkv, G])``."""
     if kind == "query_head_logits":
-        return kept.transpose(1, 2).flatten(0, 1)
+        return kept.flatten(0, 1)
+    scale = log_scale.exp()
     if kind == "query_head":
-        return (kept * log_scale.exp()[:, None]).transpose(1, 2).flatten(0, 1)
-    per_kv_head = torch.bmm(kept, log_scale.exp()[..., None]).squeeze(-1)
+        return (kept * scale[..., None]).flatten(0, 1)
+    per_kv_head = torch.bmm(scale[:, None], kept).squeeze(1)
     return per_kv_head.sum(0, keepdim=True) if kind == "shared" else per_kv_head
