@@ -1,12 +1,14 @@
 """The embedded model is a real test: with the right tokens it answers, without them it cannot."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from tidaldecode import TidalConfig, TidalError, enable
 from tidaldecode.demo import MODEL_DIRECTORY
-from tidaldecode.demo.report import save_results
+from tidaldecode.demo.report import save_results, show_table
 from tidaldecode.demo.run import FULL, Demo
 from tidaldecode.integrations.transformers.engine import TransformersEngine
 from tidaldecode.integrations.transformers.loading import load_model
@@ -54,6 +56,17 @@ def test_the_figures_of_the_table_are_those_of_the_plan(finished):
     assert recent.kv_bytes == 12 * 68 * row_bytes
     assert small.kv_ratio == pytest.approx(full.kv_bytes / small.kv_bytes)
     assert [line.attended_tokens for line in (full, small, large, recent)] == [2048, 32, 64, 68]
+
+
+def test_the_table_fits_a_narrow_terminal(finished):
+    demo, rows = finished
+    console = Console(width=80, record=True, file=io.StringIO())
+    show_table(console, demo, demo.summarise(rows))
+    text = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert "DDS...SS...." in text
+    for unit in ("(tokens)", "(MB/step)", "(times)", "(ms/token)"):
+        assert unit in text
 
 
 def test_results_carry_their_record_and_a_heatmap(finished, tmp_path):

@@ -21,20 +21,20 @@ HEATMAP_FILE = "needle.png"
 def show_table(console: Console, demo: Demo, summaries: Sequence[MethodSummary]) -> None:
     """Print the table and the plan."""
     longest = max(demo.grid.contexts)
-    table = Table(title="Needles found in this Python's own standard library", box=SIMPLE_HEAD)
-    table.add_column("method", no_wrap=True)
-    table.add_column("exact match", justify="right", no_wrap=True)
-    table.add_column("attended\n(tokens)", justify="right")
-    table.add_column("KV read\n(MB/step)", justify="right")
-    table.add_column("ratio\nto full", justify="right")
-    table.add_column("time\n(ms/token)", justify="right")
+    table = Table(
+        title="Needles found in this Python's own standard library", box=SIMPLE_HEAD, padding=0
+    )
+    for header in ("method", "exact match", "attended\n(tokens)", "KV read\n(MB/step)"):
+        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+    table.add_column("full reads\n(times)", justify="right", no_wrap=True)
+    table.add_column("time\n(ms/token)", justify="right", no_wrap=True)
     for line in summaries:
         table.add_row(
             line.method,
             f"{100 * line.exact / line.questions:.0f} % ({line.exact}/{line.questions})",
             f"{line.attended_tokens:,}",
             f"{line.kv_bytes / 1e6:.2f}",
-            f"1 : {line.kv_ratio:.1f}",
+            f"{line.kv_ratio:.1f}x",
             f"{line.step_ms:.1f}",
         )
     console.print(table)
