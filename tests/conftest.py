@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, a fixed seed, and no way to a model hub."""
+"""Shared by all tests: one thread, a fixed seed, and no way to a model hub."""
 
 import os
 
@@ -7,7 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# The tensors of the tests are small: a second thread would only be waited for.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

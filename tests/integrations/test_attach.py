@@ -12,9 +12,11 @@ from runs import SMALL, generate, logits_of
 from snapshot import snapshot
 from tiny import build, prompt
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tidaldecode
-from tidaldecode import TidalConfig, TidalError, TidalHandle
+from tidaldecode import LayerPlan, TidalConfig, TidalError, TidalHandle
+from tidaldecode.integrations.transformers.attention import Forward, tidal_attention_forward
 
 PROMPT = 24
 
@@ -285,6 +287,19 @@ def test_training_drops_out_as_sdpa_does():
         found = train()
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
+
+
+def test_every_keyword_of_a_layer_reaches_the_host():
+    layer = build("Llama").model.layers[5].self_attn
+    plan = LayerPlan.build(8, dense_layers=2, select_layers=(2, 4))
+    query, key, value = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 16)
+    call = (layer, query, key, value, None)
+    both_ways, _ = sdpa_attention_forward(*call, is_causal=False)
+    causal, _ = sdpa_attention_forward(*call)
+    ours = Forward(TidalConfig(**SMALL), plan)
+    found, _ = tidal_attention_forward(*call, tidal_forward=ours, is_causal=False)
+    assert torch.equal(found, both_ways)
+    assert not torch.equal(found, causal)
 
 
 def test_one_token_after_a_cache_has_the_gradients_of_sdpa():
