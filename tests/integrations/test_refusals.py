@@ -9,7 +9,14 @@ import torch
 from runs import SMALL, generate, left_padded, logits_of
 from snapshot import snapshot
 from tiny import build, prompt
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tidaldecode
@@ -299,3 +306,31 @@ def test_a_refused_call_does_not_spoil_the_next_one():
             step_with_mask(torch.zeros(1, 1, 1, PROMPT))(model)
         found = generate(model, prompt(PROMPT))
     assert torch.equal(logits_of(found), logits_of(expected))
+
+
+def test_layers_that_share_keys_and_values_are_refused():
+    model = build("Llama")
+    model.config.num_kv_shared_layers = 2
+    refuse(model, "LlamaForCausalLM", "2 layers that share them")
+
+
+def test_heads_of_different_sizes_are_refused():
+    import transformers
+
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma 4")
+    config = transformers.Gemma4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=12,
+        num_attention_heads=2, num_key_value_heads=1, num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+    )  # fmt: skip
+    refuse(transformers.Gemma4ForCausalLM(config).eval(), "Gemma4ForCausalLM", "one size")
+
+
+def test_a_model_whose_decoder_is_no_model_is_refused():
+    config = ModernBertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
+        sep_token_id=2,
+    )  # fmt: skip
+    refuse(ModernBertForMaskedLM(config).eval(), "ModernBertForMaskedLM")

@@ -33,8 +33,10 @@ def inspect_model(model: PreTrainedModel) -> tuple[PreTrainedModel, ModelShape]:
             f"model: expected a transformers model with a decoder, got {type(model).__name__}"
         )
     decoder = model.get_decoder()
-    config = decoder.config
+    config = getattr(decoder, "config", None)
     name = type(model).__name__
+    if config is None:
+        raise TidalError(f"model: expected a model whose decoder has a configuration, got {name}")
     if model.config.is_encoder_decoder:
         raise TidalError(f"model: expected a decoder-only model, got {name} with an encoder")
     if any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
@@ -64,11 +66,24 @@ def _shape(config: Any, name: str) -> ModelShape:
         raise TidalError(
             f"model: expected a decoder with num_hidden_layers and num_attention_heads, got {name}"
         )
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        raise TidalError(
+            f"model: expected every layer to have keys and values of its own, got {name} with "
+            f"{shared} layers that share them"
+        )
+    try:
+        kv_heads = getattr(config, "num_key_value_heads", None)
+        head_dim = getattr(config, "head_dim", None)
+    except RuntimeError as error:
+        # transformers raises where the value differs from layer to layer.
+        raise TidalError(
+            f"model: expected heads of one size and number in all layers, got {name}: {error}"
+        ) from error
     return ModelShape(
         num_layers=num_layers,
         query_heads=query_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
+        kv_heads=kv_heads or query_heads,
+        head_dim=head_dim or config.hidden_size // query_heads,
         full_attention=_full_attention(config, num_layers),
     )
 
@@ -79,4 +94,6 @@ def _full_attention(config: Any, num_layers: int) -> tuple[bool, ...]:
     if layer_types is not None:
         return tuple(kind == "full_attention" for kind in layer_types[:num_layers])
     windowed = getattr(config, "sliding_window", None) is not None
-    return (not windowed,) * num_layers
+    # Hybrids had another name for it before transformers 5.5, and no windowed kind.
+    block_types = getattr(config, "layers_block_type", None) or ["attention"] * num_layers
+    return tuple(kind == "attention" and not windowed for kind in block_types[:num_layers])
