@@ -1,6 +1,7 @@
 """Needle samples: what is hidden, where, and that the answer is in the text exactly once."""
 
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -50,7 +51,8 @@ def test_a_sample_hides_its_answer_once_and_has_the_asked_length(seed, tokens, d
     assert answer.isdigit()
     key = question.removeprefix("# What is the code of ").removesuffix("? ")
     assert context.count(statement_text(key, answer)) == 1
-    assert context.count("# The code of ") == distractors + 1
+    keys = re.findall(r"# The code of (\w+ \w+) is \d{7}\.\n", context)
+    assert len(keys) == len(set(keys)) == distractors + 1
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.75, 1.0])
