@@ -8,6 +8,8 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tidaldecode.cli import run
 from tidaldecode.demo import MODEL_DIRECTORY
@@ -38,7 +40,10 @@ def broken_models(tmp_path):
             (made[name] / part).write_bytes((MODEL_DIRECTORY / part).read_bytes())
         (made[name] / "config.json").write_text(json.dumps(config))
     (made["truncated"] / "model.safetensors").write_bytes(b"\0" * 100)
-    (made["pickle"] / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    # Whole and loadable, were pickles allowed.
+    torch.save(
+        load_file(MODEL_DIRECTORY / "model.safetensors"), made["pickle"] / "pytorch_model.bin"
+    )
     encoder = {"model_type": "bert", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2}
     encoder |= {"num_attention_heads": 2, "intermediate_size": 8}
     (made["encoder"] / "config.json").write_text(json.dumps(encoder))
