@@ -51,14 +51,19 @@ def load(
     directory: Path | None, device: str, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model directory, or the embedded model, without the host's chatter."""
-    from transformers.utils import logging
-
     from tidaldecode.demo import MODEL_DIRECTORY
     from tidaldecode.integrations.transformers.loading import load_model
 
+    silence_host()
+    return load_model(directory or MODEL_DIRECTORY, device=device, dtype=dtype)
+
+
+def silence_host() -> None:
+    """Keep transformers' own warnings and progress bars off the terminal."""
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return load_model(directory or MODEL_DIRECTORY, device=device, dtype=dtype)
 
 
 def overrides(

@@ -20,6 +20,7 @@ from tidaldecode.cli.common import (
     SinkTokensOption,
     overrides,
     preset,
+    silence_host,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def info(
         from tidaldecode.integrations.transformers import enable
         from tidaldecode.integrations.transformers.loading import load_skeleton
 
+        silence_host()
         skeleton = load_skeleton(model)
         with enable(skeleton, base, **options) as handle:
             _describe(table, skeleton, handle, context)

@@ -94,6 +94,6 @@ def _full_attention(config: Any, num_layers: int) -> tuple[bool, ...]:
     if layer_types is not None:
         return tuple(kind == "full_attention" for kind in layer_types[:num_layers])
     windowed = getattr(config, "sliding_window", None) is not None
-    # Hybrids had another name for it before transformers 5.5, and no windowed kind.
+    # In transformers 5.4 hybrids have another name for it, and no windowed kind.
     block_types = getattr(config, "layers_block_type", None) or ["attention"] * num_layers
     return tuple(kind == "attention" and not windowed for kind in block_types[:num_layers])
