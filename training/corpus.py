@@ -1,11 +1,13 @@
-"""The training text: Python sources of installed packages, and a small tokenizer made from them.
+"""The training text: Python sources of installed packages, English, a tokenizer made from them.
 
-The standard library is never part of it: that is the held-out text of the evaluation.
+The standard library and the last tenth of the English are never part of it: they are the held-out
+texts of the evaluation.
 """
 
 from __future__ import annotations
 
 import hashlib
+import lzma
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -66,6 +68,24 @@ def collect_sources(megabytes: float, seed: int) -> list[str]:
     return texts
 
 
+def read_english(path: Path) -> list[str]:
+    """The first nine tenths of a UTF-8 text, plain or ``.xz``, cut at line ends into documents."""
+    data = path.read_bytes()
+    text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+    lines = text[: len(text) * 9 // 10].splitlines(keepends=True)
+    per_document = 2_000
+    return [
+        "".join(lines[first : first + per_document]) for first in range(0, len(lines), per_document)
+    ]
+
+
+def repeat_to_share(
+    corpus: NDArray[np.uint16], other: NDArray[np.uint16], share: float
+) -> NDArray[np.uint16]:
+    """``corpus`` followed by ``other``, repeated until it is ``share`` (0 to 1) of all tokens."""
+    return np.concatenate([corpus, np.resize(other, int(len(corpus) * share / (1 - share)))])
+
+
 def _tokenizer_text(texts: list[str], seed: int) -> Iterator[str]:
     """Needle lines first, then a slice of the sources."""
     characters = min(_TOKENIZER_CHARACTERS, sum(map(len, texts)))
@@ -106,7 +126,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, seed: int) -> PreTrainedT
     )
 
 
-def encode_sources(
+def encode_texts(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], files_per_call: int = 1024
 ) -> NDArray[np.uint16]:
     """All files' token ids in one row, each file followed by the end-of-text token."""

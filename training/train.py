@@ -1,7 +1,8 @@
-"""Train the embedded demo model: a 7.7M-parameter Llama that answers needle questions in code.
+"""Train a small Llama that answers needle questions: the embedded model, or a larger one.
 
-    python training/train_demo.py --output OUT          # about 6 minutes on one H200
-    python training/train_demo.py --output OUT --seconds 20 --threads 2 --megabytes 4 \\
+    python training/train.py --output OUT               # about 6 minutes on one H200
+    python training/train.py --output OUT --size 29M --english FILE --seconds 470
+    python training/train.py --output OUT --seconds 20 --threads 2 --megabytes 4 \\
         --tokens-per-step 2048 --contexts 512,1024 --samples 4          # a smoke test on a CPU
 """
 
@@ -21,20 +22,21 @@ from pathlib import Path
 import torch
 import transformers
 from batches import ANSWER, LOSS_WEIGHTS, SOURCE, Batch, Composer
-from corpus import collect_sources, encode_sources, line_break_tokens, train_tokenizer
+from corpus import (
+    collect_sources,
+    encode_texts,
+    line_break_tokens,
+    read_english,
+    repeat_to_share,
+    train_tokenizer,
+)
 from evaluation import held_out_haystack, language_model_loss, needle_accuracy, needle_samples
+from model import SIZES, VOCABULARY, build_model, hidden_states
 from optimiser import MuonAdamW
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-VOCABULARY = 4096
 STAGE_SHARES = (0.18, 0.12, 0.25, 0.45)
 """Share of the training time for each of four contexts, shortest first."""
 WARM_UP = 0.02
@@ -44,6 +46,8 @@ PREFETCH = 6
 """Batches composed ahead of the step that uses them."""
 DISTRACTORS = 8
 LOSS_CONTEXT, LOSS_WINDOWS = 4096, 32
+SHARD = "15900KB"
+"""Largest weights file: the embedded model is one file, and larger ones travel in pieces."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Options:
 
     output: Path
     overwrite: bool
+    size: str
+    english: Path | None
+    english_share: float
     seconds: float
     seed: int
     megabytes: float
@@ -69,6 +76,9 @@ def parse_options() -> Options:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
     parser.add_argument("--overwrite", action="store_true", help="empty a non-empty --output first")
+    parser.add_argument("--size", choices=SIZES, default="8M", help="parameters")
+    parser.add_argument("--english", type=Path, help="an English text to mix in (may be .xz)")
+    parser.add_argument("--english-share", type=float, default=0.12, help="its share of the tokens")
     parser.add_argument("--seconds", type=float, default=290.0, help="training time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--megabytes", type=float, default=250.0, help="source text, 10^6 bytes")
@@ -88,41 +98,6 @@ def parse_options() -> Options:
         shutil.rmtree(options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     return options
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, longest: int, device: str) -> LlamaForCausalLM:
-    """A fresh model with bf16 parameters on ``device``; contexts up to ``longest`` tokens."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        tie_word_embeddings=True,
-        max_position_embeddings=max(16_384, longest),
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-        attn_implementation="sdpa",
-    )
-    model = LlamaForCausalLM(config).to(device)
-    for parameter in model.parameters():
-        # Not model.bfloat16(): that would round the rotary frequencies too.
-        parameter.data = parameter.data.bfloat16()
-    return model
-
-
-def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """Final hidden states ``[B, T, hidden]`` of whole sequences, without cache or mask tensors."""
-    decoder = model.model
-    states = decoder.embed_tokens(ids)
-    rope = decoder.rotary_emb(states, torch.arange(ids.shape[1], device=ids.device)[None])
-    for layer in decoder.layers:
-        states = layer(states, position_embeddings=rope)
-    return decoder.norm(states)
 
 
 def weighted_loss(
@@ -287,15 +262,21 @@ def main() -> None:
 
         texts = collect_sources(options.megabytes, options.seed)
         log(f"sources: {len(texts):,} files, {sum(map(len, texts)) / 1e6:.1f} M characters")
-        tokenizer = train_tokenizer(texts, VOCABULARY, options.seed)
-        corpus = encode_sources(tokenizer, texts)
+        english = read_english(options.english) if options.english else []
+        tokenizer = train_tokenizer([*english, *texts], VOCABULARY, options.seed)
+        corpus = encode_texts(tokenizer, texts)
+        if english:
+            prose = encode_texts(tokenizer, english)
+            log(f"english: {len(prose):,} tokens, repeated to {options.english_share:.0%} of all")
+            corpus = repeat_to_share(corpus, prose, options.english_share)
         log(f"corpus: {len(corpus):,} tokens, ready after {time.perf_counter() - start:.1f} s")
         composer = Composer(corpus, line_break_tokens(tokenizer), tokenizer, seed=options.seed)
-        model = build_model(tokenizer, options.contexts[-1], options.device)
+        size = SIZES[options.size]
+        model = build_model(size, tokenizer, options.contexts[-1], options.device)
         log(f"model: {model.num_parameters():,} parameters")
         steps, tokens = train(model, composer, options, log)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(options.output)
+        model.save_pretrained(options.output, max_shard_size=SHARD)
         tokenizer.save_pretrained(options.output)
         record = {
             **evaluate(options, log),
