@@ -14,10 +14,12 @@ CONFIG_FILE = "tidal_config.json"
 
 Granularity = Literal["shared", "kv_head", "query_head"]
 Score = Literal["softmax", "logits"]
+Selector = Literal["attention", "page_bounds"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": ("shared", "kv_head", "query_head"),
     "score": ("softmax", "logits"),
+    "selector": ("attention", "page_bounds"),
     "mode": ("sparse",),
     "backend": ("auto", "torch", "triton"),
     "cuda_graph": ("auto", False),
@@ -46,6 +48,11 @@ class TidalConfig:
     score: Score = "softmax"
     """What ranks tokens: softmax probability summed over the heads that share a set, or, with
     ``query_head`` only, the raw logit."""
+    selector: Selector = "attention"
+    """Who picks the tokens: selection layers by their exact attention, or, as a baseline, every layer
+    for itself by the bounds of its pages (Quest, arXiv 2406.10774); it then has no selection layers."""
+    page_tokens: int = 16
+    """Tokens of a page, where pages are ranked."""
     sink_tokens: int = 4
     """First tokens of a sequence that are always selected."""
     recent_tokens: int = 15
@@ -69,6 +76,7 @@ class TidalConfig:
             ("dense_layers", 0),
             ("sink_tokens", 0),
             ("recent_tokens", 0),
+            ("page_tokens", 1),
         ):
             _check_whole_number(name, getattr(self, name), lowest)
         for name, choices in _CHOICES.items():
@@ -84,7 +92,9 @@ class TidalConfig:
                 f"recent_tokens={self.recent_tokens} + the newest), got {self.budget}; "
                 "raise the budget or lower sink_tokens and recent_tokens"
             )
-        if self.select_layers == () and self.budget != forced:
+        if self.selector == "page_bounds":
+            self._check_page_bounds()
+        elif self.select_layers == () and self.budget != forced:
             raise TidalError(
                 f"budget: expected sink_tokens + recent_tokens + 1 = {forced} where no layer selects "
                 f"(nothing else is read), got {self.budget}; name select_layers or set budget={forced}"
@@ -96,14 +106,27 @@ class TidalConfig:
                 "use granularity='query_head'"
             )
 
+    def _check_page_bounds(self) -> None:
+        for name, wanted in (
+            ("select_layers", ()),
+            ("granularity", "query_head"),
+            ("score", "logits"),
+        ):
+            if getattr(self, name) != wanted:
+                raise TidalError(
+                    f"{name}: expected {wanted!r} where every layer ranks its own pages, since bounds "
+                    f"are logits of one head, got {getattr(self, name)!r}; use preset 'quest'"
+                )
+
     @classmethod
     def preset(cls, name: str, *, budget: int = 1024, **overrides: Any) -> TidalConfig:
-        """A published system under our roof: ``"paper"``, ``"lessismore"`` or ``"streaming"``.
+        """A published system under our roof: ``paper``, ``lessismore``, ``streaming`` or ``quest``.
 
         ``paper`` (arXiv 2410.05076): a set per query head, ranked by raw logits, no forced tokens
         but the newest. ``lessismore`` (arXiv 2508.07101): one set for all heads, 4 sinks, and a
         quarter of the budget for the most recent tokens. ``streaming`` (arXiv 2309.17453): every
-        layer reads 4 sinks and the most recent tokens, and nothing is selected.
+        layer reads 4 sinks and the most recent tokens, and nothing is selected. ``quest`` (arXiv
+        2406.10774): every layer but two ranks pages of 16 tokens by bounds, for each query head.
 
         Errors: `TidalError` for an unknown name, or values that cannot work.
         """
@@ -126,6 +149,14 @@ class TidalConfig:
                 "select_layers": (),
                 "sink_tokens": 4,
                 "recent_tokens": budget - 5,
+            },
+            "quest": {
+                "selector": "page_bounds",
+                "select_layers": (),
+                "granularity": "query_head",
+                "score": "logits",
+                "sink_tokens": 0,
+                "recent_tokens": 0,
             },
         }
         if name not in presets:

@@ -8,11 +8,13 @@ import torch
 
 from tidaldecode.algorithm.plan import LayerPlan, Role
 from tidaldecode.config import TidalConfig
+from tidaldecode.engine import OnScores
 from tidaldecode.errors import TidalError
 from tidaldecode.kernels import (
     ScoreKind,
     Selection,
     dense_decode,
+    page_bound_scores,
     select_tokens,
     sparse_decode,
 )
@@ -29,6 +31,8 @@ class DecodeState:
     """``[B]`` int32: first valid position of each row (left padding), or None for 0."""
     block_table: torch.Tensor | None = None
     """``[B, max_blocks]`` int32 for a paged cache, or None."""
+    on_scores: OnScores | None = field(default=None, init=False)
+    """Sees the scores of every selection layer, for those who study them."""
     selection: Selection | None = field(default=None, init=False)
     """The last selection of this step."""
 
@@ -92,7 +96,21 @@ def decode_attention(
     state.move_to(q.device)
     if role is Role.HOST:
         raise TidalError(f"layer {layer}: expected a planned layer, got one that is the host's")
-    if role is Role.SPARSE:
+    if role is Role.ESTIMATE:
+        state.select(
+            page_bound_scores(
+                q,
+                k,
+                v,
+                state.seq_lens,
+                scale=scale,
+                page_tokens=config.page_tokens,
+                starts=state.starts,
+                block_table=state.block_table,
+                backend=config.backend,
+            )
+        )
+    if role in (Role.SPARSE, Role.ESTIMATE):
         if state.selection is None:
             raise TidalError(
                 f"layer {layer}: expected a selection made earlier in this step, found none; "
@@ -120,6 +138,8 @@ def decode_attention(
         backend=config.backend,
     )
     if scores is not None:
+        if state.on_scores is not None:
+            state.on_scores(layer, scores)
         state.select(scores)
     return out
 

@@ -18,6 +18,8 @@ class Role(Enum):
     """Full attention, and picks the tokens for the layers after it."""
     SPARSE = "."
     """Attends to the last selection only."""
+    ESTIMATE = "E"
+    """Picks its own tokens by the bounds of its pages and attends to those (Quest)."""
     HOST = "-"
     """Not planned: a layer without full attention (sliding window, linear), left to the host."""
 
@@ -49,6 +51,7 @@ class LayerPlan:
         dense_layers: int,
         select_layers: Sequence[int],
         full_attention: Sequence[bool] | None = None,
+        estimate: bool = False,
     ) -> LayerPlan:
         """Plan ``num_layers`` layers.
 
@@ -57,6 +60,7 @@ class LayerPlan:
             select_layers: layer numbers, counted over all layers of the model; if there are none,
                 the plan is ``preselected``.
             full_attention: for every layer, whether it has full attention; all of them by default.
+            estimate: every layer after the dense ones picks its own tokens; ``select_layers`` is ().
 
         Errors: `TidalError` for a layer that does not exist, is not full attention or is already
         dense, for a sparse layer without a selection before it, and for a plan with no sparse layer.
@@ -95,11 +99,13 @@ class LayerPlan:
             if layer in dense
             else Role.SELECT
             if layer in chosen
+            else Role.ESTIMATE
+            if estimate
             else Role.SPARSE
             for layer in range(num_layers)
         ]
-        plan = cls(tuple(roles), preselected=not chosen)
-        if Role.SPARSE not in roles:
+        plan = cls(tuple(roles), preselected=not chosen and not estimate)
+        if not {Role.SPARSE, Role.ESTIMATE}.intersection(roles):
             raise TidalError(
                 f"plan {plan}: expected at least one sparse layer, found none among "
                 f"{len(full)} full-attention layers; this model is too shallow for "

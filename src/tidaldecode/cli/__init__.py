@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from tidaldecode.cli import eval as evaluation
 from tidaldecode.cli.demo import demo
 from tidaldecode.cli.generate import generate
 from tidaldecode.cli.info import info
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(info)
+app.add_typer(evaluation.app, name="eval")
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -47,7 +49,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        print("tidaldecode: interrupted; no result file was written", file=sys.stderr)
+        print("tidaldecode: interrupted; rows already on disk can be continued", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

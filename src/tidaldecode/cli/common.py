@@ -11,6 +11,8 @@ from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ModelOption = Annotated[
@@ -121,3 +123,26 @@ def claim_results(directory: Path, names: list[str], overwrite: bool) -> None:
             f"output-dir: expected no earlier results in {directory}, found {', '.join(present)}; "
             "pass --overwrite or another --output-dir"
         )
+
+
+def rows_progress(console: Console) -> Progress:
+    """A progress bar with the count so far and the time left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -7,16 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from tidaldecode.cli.common import DeviceOption, DtypeOption, claim_results, load
+from tidaldecode.cli.common import DeviceOption, DtypeOption, claim_results, load, rows_progress
 
 DEFAULT_BUDGETS = (32, 64, 128)
 
@@ -45,7 +37,6 @@ def demo(
     from tidaldecode.demo.report import HEATMAP_FILE, RESULT_FILE, save_results, show_table
     from tidaldecode.demo.run import Demo
     from tidaldecode.eval.plots import require_matplotlib
-    from tidaldecode.eval.runner import NeedleRow
 
     if plot:
         require_matplotlib()
@@ -61,27 +52,10 @@ def demo(
         distractors=distractors,
         seed=seed,
     )
-    with _progress(console) as progress:
-        task = progress.add_task("reading the standard library", total=study.answers)
-
-        def on_row(row: NeedleRow) -> None:
-            progress.update(task, advance=1, description=f"{row.context:,} tokens")
-
-        rows = study.run(on_row)
+    with rows_progress(console) as progress:
+        task = progress.add_task("answers", total=study.questions * len(study.methods))
+        rows = study.run(lambda count: progress.update(task, advance=count))
     summaries = study.summarise(rows)
     show_table(console, study, summaries)
     for path in save_results(output_dir, study, rows, summaries, plot=plot):
         console.print(f"wrote {path}", soft_wrap=True)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("answers, elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tidaldecode.demo.run import Demo, MethodSummary
 from tidaldecode.eval.plots import plot_needle
-from tidaldecode.eval.runner import NeedleRow
+from tidaldecode.eval.store import Row
 from tidaldecode.record import run_record, write_json
 
 RESULT_FILE = "demo.json"
@@ -52,7 +52,7 @@ def show_table(console: Console, demo: Demo, summaries: Sequence[MethodSummary])
 def save_results(
     directory: Path,
     demo: Demo,
-    rows: Sequence[NeedleRow],
+    rows: Sequence[Row],
     summaries: Sequence[MethodSummary],
     *,
     plot: bool,
@@ -61,7 +61,7 @@ def save_results(
     record = run_record(
         task="needle in the standard library",
         seed=demo.grid.seed,
-        questions_per_method=len(demo.grid.cells()),
+        questions_per_method=demo.questions,
         distractors=demo.grid.distractors,
         plan=str(demo.plan),
         methods={
@@ -72,10 +72,10 @@ def save_results(
     result = {
         "record": record,
         "summary": [line.to_dict() for line in summaries],
-        "rows": [row.to_dict() for row in rows],
+        "rows": list(rows),
     }
     paths = [write_json(directory / RESULT_FILE, result)]
     if plot:
         title = f"Needles in the standard library's source, {demo.grid.distractors} distractors"
-        paths.append(plot_needle(rows, directory / HEATMAP_FILE, title))
+        paths.append(plot_needle(rows, directory / HEATMAP_FILE, title, record))
     return paths

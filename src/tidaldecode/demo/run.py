@@ -12,15 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tidaldecode.algorithm.cost import full_kv_bytes_per_step, kv_bytes_per_step
 from tidaldecode.algorithm.plan import LayerPlan
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
 from tidaldecode.eval.haystack import standard_library_text
+from tidaldecode.eval.methods import Method
 from tidaldecode.eval.needle import Haystack
-from tidaldecode.eval.runner import Method, NeedleGrid, NeedleRow, run_needle
+from tidaldecode.eval.needle_task import NeedleGrid, NeedleTask
+from tidaldecode.eval.runner import run_task
+from tidaldecode.eval.store import Row, RowStore
 from tidaldecode.integrations.transformers import enable
 from tidaldecode.integrations.transformers.engine import TransformersEngine
+from tidaldecode.integrations.transformers.footprint import measure_footprint
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 SMALLEST_CONTEXT = 1024
@@ -99,18 +102,18 @@ class Demo:
                 *sparse,
                 Method(f"{_SINKS} sinks + {_RECENT} recent", streaming),
             ),
-            grid=NeedleGrid(contexts, DEPTHS, samples, distractors, seed),
+            grid=NeedleGrid(contexts, DEPTHS, samples, distractors, seed=seed),
             plan=plan,
             plan_reason=reason,
         )
 
     @property
-    def answers(self) -> int:
-        """How many rows `run` will give."""
-        return len(self.grid.cells()) * len(self.methods)
+    def questions(self) -> int:
+        """How many questions every method is asked."""
+        return len(self.grid.contexts) * len(self.grid.depths) * self.grid.samples
 
-    def run(self, on_row: Callable[[NeedleRow], None]) -> list[NeedleRow]:
-        """Ask everything; ``on_row`` sees each answer as it comes."""
+    def run(self, on_rows: Callable[[int], None]) -> list[Row]:
+        """Ask everything; ``on_rows`` learns how many answers came in."""
 
         def encode(text: str) -> list[int]:
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -118,46 +121,25 @@ class Demo:
         longest = max(self.grid.contexts)
         text = standard_library_text(longest * _CHARACTERS_PER_TOKEN, self.grid.seed)
         haystack = Haystack.from_text(text, encode, self.tokenizer.decode)
+        task = NeedleTask(haystack, encode, self.tokenizer.decode, self.grid)
         engine = TransformersEngine(self.model)
-        return run_needle(engine, haystack, encode, self.methods, self.grid, on_row)
+        return run_task(task, engine, self.methods, RowStore(None, {}), on_rows=on_rows)
 
-    def summarise(self, rows: Sequence[NeedleRow]) -> list[MethodSummary]:
+    def summarise(self, rows: Sequence[Row]) -> list[MethodSummary]:
         """One line per method."""
         return [self._summarise(method, rows) for method in self.methods]
 
-    def _summarise(self, method: Method, rows: Sequence[NeedleRow]) -> MethodSummary:
-        mine = [row for row in rows if row.method == method.name]
+    def _summarise(self, method: Method, rows: Sequence[Row]) -> MethodSummary:
+        mine = [row for row in rows if row["method"] == method.name]
         longest = max(self.grid.contexts)
-        with enable(
-            self.model, method.config or TidalConfig.load(self.model.name_or_path)
-        ) as handle:
-            shape, plan = handle.shape, handle.plan
-        element_bytes = self.model.dtype.itemsize
-        full = full_kv_bytes_per_step(
-            plan,
-            context=longest,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            element_bytes=element_bytes,
-        )
-        read = full
-        if method.config is not None:
-            read = kv_bytes_per_step(
-                plan,
-                method.config,
-                context=longest,
-                query_heads=shape.query_heads,
-                kv_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-                element_bytes=element_bytes,
-            )
-        times = [row.step_ms for row in mine if row.context == longest]
+        kv = measure_footprint(self.model, method.config, longest)
+        times = [row["step_ms"] for row in mine if row["context"] == longest]
         return MethodSummary(
             method=method.name,
-            exact=sum(row.exact for row in mine),
+            exact=sum(row["exact"] for row in mine),
             questions=len(mine),
-            attended_tokens=longest if method.config is None else method.config.budget,
-            kv_bytes=read,
-            kv_ratio=full / read,
+            attended_tokens=kv.attended_tokens,
+            kv_bytes=kv.kv_bytes,
+            kv_ratio=kv.full_bytes / kv.kv_bytes,
             step_ms=statistics.median(times) if times else math.nan,
         )

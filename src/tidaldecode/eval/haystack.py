@@ -15,6 +15,19 @@ from tidaldecode.errors import TidalError
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
+def source_text(path: Path | None, min_characters: int, seed: int = 0) -> str:
+    """The text in ``path``, or at least ``min_characters`` of the standard library's source.
+
+    Errors: `TidalError` for a file that cannot be read as UTF-8 text, or a library that is too short.
+    """
+    if path is None:
+        return standard_library_text(min_characters, seed)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TidalError(f"{path}: expected a readable UTF-8 text file, got: {error}") from error
+
+
 def standard_library_files() -> list[Path]:
     """Paths of the standard library's Python sources, sorted, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))

@@ -19,14 +19,20 @@ ANSWER_DIGITS = 7
 Encode = Callable[[str], list[int]]
 
 
+KINDS = ("single", "multi-key", "multi-query", "multi-value")
+"""One needle; one among distractors; several asked one after another; several values of one key."""
+
+
 def statement_text(key: str, value: str) -> str:
     """The line that hides ``value`` under ``key``."""
     return f"# The code of {key} is {value}.\n"
 
 
-def question_text(key: str) -> str:
-    """The line that asks for ``key``; the value's digits follow it directly."""
-    return f"# What is the code of {key}? "
+def question_text(key: str, values: int = 1) -> str:
+    """The line that asks for ``key``; the digits of its value, or values, follow it directly."""
+    if values == 1:
+        return f"# What is the code of {key}? "
+    return f"# What are the {values} codes of {key}? "
 
 
 def draw_key(rng: random.Random) -> str:
@@ -40,22 +46,70 @@ def draw_value(rng: random.Random) -> str:
 
 
 @dataclass(frozen=True)
+class NeedleShape:
+    """How many needles a context hides and how many of them are asked for."""
+
+    distractors: int = 8
+    """Needles that nobody asks for."""
+    queries: int = 1
+    """Needles that are asked for, one after another."""
+    values: int = 1
+    """Values of a needle that is asked for; all have to be told, in any order."""
+
+    @classmethod
+    def of_kind(cls, kind: str, distractors: int = 8) -> NeedleShape:
+        """The shape of one of `KINDS`. Errors: `TidalError` for another name."""
+        shapes = {
+            "single": cls(distractors=0),
+            "multi-key": cls(distractors=distractors),
+            "multi-query": cls(distractors=distractors, queries=4),
+            "multi-value": cls(distractors=distractors, values=3),
+        }
+        if kind not in shapes:
+            raise TidalError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+        return shapes[kind]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What should be decoded: at step ``first_step`` (from 0) the first of ``ids``, and so on."""
+
+    first_step: int
+    ids: list[int]
+
+
+@dataclass(frozen=True)
 class NeedleSample:
-    """One question. Ids are token ids of the tokenizer the haystack was encoded with."""
+    """One context and its questions. Ids are those of the tokenizer that encoded the haystack."""
 
     context_ids: list[int]
-    """Haystack with the needle and its distractors; to be prefilled densely."""
-    question_ids: list[int]
-    """The question; to be fed token by token."""
-    answer_ids: list[int]
-    """What greedy decoding should produce next."""
+    """Haystack with all needles; to be prefilled densely."""
+    script: list[int | None]
+    """Questions, to be fed token by token; None where the model's own answer is fed."""
+    answers: list[Answer]
+    """The right answers, one for each value."""
+    values: list[str]
+    """Texts of the answers."""
     depth: float
-    """Where the needle lies: 0 at the beginning of the context, 1 at its end."""
+    """Where the first needle lies: 0 at the beginning of the context, 1 at its end."""
+    any_order: bool = False
+    """Whether the values count wherever they are told."""
+
+    @property
+    def solved(self) -> list[int]:
+        """The script with the right answers in it, the last token of the last one included."""
+        filled = dict(enumerate(self.script))
+        for answer in self.answers:
+            for offset, token in enumerate(answer.ids):
+                filled[answer.first_step + 1 + offset] = token
+        tokens = [filled[step] for step in sorted(filled)]
+        assert all(token is not None for token in tokens)
+        return [token for token in tokens if token is not None]
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of context, question and answer together."""
-        return len(self.context_ids) + len(self.question_ids) + len(self.answer_ids)
+        """Tokens of context, questions and answers together."""
+        return len(self.context_ids) + len(self.solved)
 
 
 class Haystack:
@@ -101,38 +155,94 @@ def make_sample(
     *,
     context_tokens: int,
     depth: float,
-    distractors: int,
     rng: random.Random,
+    shape: NeedleShape | None = None,
 ) -> NeedleSample:
-    """Hide one needle at ``depth`` and ``distractors`` others anywhere, and ask for the one.
+    """Hide a needle at ``depth`` and the others of ``shape`` anywhere, and ask.
 
-    The sample takes ``context_tokens`` tokens in all: context, question and answer.
+    The sample takes ``context_tokens`` tokens in all: context, questions and answers.
 
     Errors: `TidalError` when the needles do not fit or ``depth`` lies outside [0, 1].
     """
     if not 0.0 <= depth <= 1.0:
         raise TidalError(f"depth: expected a number from 0 to 1, got {depth}")
+    shape = shape or NeedleShape()
     keys: list[str] = []
-    while len(keys) < distractors + 1:
+    while len(keys) < shape.queries + shape.distractors:
         key = draw_key(rng)
         if key not in keys:
             keys.append(key)
-    values = [draw_value(rng) for _ in keys]
-    statements = [encode(statement_text(k, v)) for k, v in zip(keys, values, strict=True)]
-    question, answer = encode(question_text(keys[0])), encode(values[0])
-    fill = context_tokens - len(question) - len(answer) - sum(map(len, statements))
+    pairs = [(key, draw_value(rng)) for key in keys]
+    asked = [(key, [value]) for key, value in pairs[: shape.queries]]
+    for key, values in asked:
+        for _ in range(shape.values - 1):
+            values.append(draw_value(rng))
+            pairs.append((key, values[-1]))
+    statements = [encode(statement_text(key, value)) for key, value in pairs]
+    script, answers = _questions(encode, asked)
+    solved = 1 + max(answer.first_step + len(answer.ids) for answer in answers)
+    fill = context_tokens - solved - sum(map(len, statements))
     if fill < 1:
         raise TidalError(
-            f"context: expected room for {distractors + 1} needles and a question, got "
+            f"context: expected room for {len(pairs)} needles and a question, got "
             f"{context_tokens} tokens; ask for at least {context_tokens - fill + 1}"
         )
     window, line_ends = haystack.window(fill, rng)
-    depths = [depth, *(rng.random() for _ in range(distractors))]
+    depths = [depth, *(rng.random() for _ in statements[1:])]
     places = [_nearest(line_ends, share * fill) for share in depths]
     context = list(window)
     for place, statement in sorted(zip(places, statements, strict=True), reverse=True):
         context[place:place] = statement
-    return NeedleSample(context, question, answer, depth)
+    return NeedleSample(
+        context,
+        script,
+        answers,
+        [value for _, values in asked for value in values],
+        depth,
+        any_order=shape.values > 1,
+    )
+
+
+def _questions(
+    encode: Encode, asked: list[tuple[str, list[str]]]
+) -> tuple[list[int | None], list[Answer]]:
+    """Script and answers of questions asked one after another, each answered by the model itself."""
+    script: list[int | None] = []
+    answers: list[Answer] = []
+    for key, values in asked:
+        if script:
+            script += [None, *encode("\n")]
+        script += encode(question_text(key, len(values)))
+        for index, value in enumerate(values):
+            ids = encode(value)
+            if index:
+                script += [None, *encode(", ")]
+            answers.append(Answer(len(script) - 1, ids))
+            script += [None] * (len(ids) - 1)
+    return script, answers
+
+
+def score_answer(
+    sample: NeedleSample, tokens: Sequence[int], decode: Callable[[list[int]], str]
+) -> tuple[bool, float]:
+    """Whether every answer is right, and the share that is; ``tokens`` are those of every step.
+
+    The share counts answer tokens; where the order of several values is free, it counts values
+    (RULER's "all" rule, arXiv 2404.06654).
+    """
+    if sample.any_order:
+        told = {
+            decode(list(tokens[answer.first_step :][: len(answer.ids)])).strip()
+            for answer in sample.answers
+        }
+        found = [value in told for value in sample.values]
+        return all(found), sum(found) / len(found)
+    right = [
+        tokens[answer.first_step + offset] == token
+        for answer in sample.answers
+        for offset, token in enumerate(answer.ids)
+    ]
+    return all(right), sum(right) / len(right)
 
 
 def _nearest(line_ends: Sequence[int], target: float) -> int:

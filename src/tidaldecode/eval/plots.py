@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tidaldecode.errors import TidalError
-from tidaldecode.eval.runner import NeedleRow
+from tidaldecode.eval.store import Row
 from tidaldecode.record import write_file
 
 
@@ -20,24 +22,24 @@ def require_matplotlib() -> None:
         )
 
 
-def plot_needle(rows: Sequence[NeedleRow], path: Path, title: str) -> Path:
+def plot_needle(rows: Sequence[Row], path: Path, title: str, record: dict[str, Any]) -> Path:
     """Heatmaps of exact match in percent, depth by length, one panel per method."""
     import numpy as np
     from matplotlib.figure import Figure
 
-    methods = list(dict.fromkeys(row.method for row in rows))
-    contexts = sorted({row.context for row in rows})
-    depths = sorted({row.depth for row in rows})
-    figure = Figure(figsize=(1.2 + 2.4 * len(methods), 3.6), layout="constrained")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    contexts = sorted({row["context"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    figure = Figure(figsize=(1.8 + 2.4 * len(methods), 3.6), layout="constrained")
     axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     for axis, method in zip(axes, methods, strict=True):
         share = np.full((len(depths), len(contexts)), np.nan)
         for i, depth in enumerate(depths):
             for j, context in enumerate(contexts):
                 hits = [
-                    row.exact
+                    row["exact"]
                     for row in rows
-                    if (row.method, row.depth, row.context) == (method, depth, context)
+                    if (row["method"], row["depth"], row["context"]) == (method, depth, context)
                 ]
                 if hits:
                     share[i, j] = 100 * sum(hits) / len(hits)
@@ -45,11 +47,75 @@ def plot_needle(rows: Sequence[NeedleRow], path: Path, title: str) -> Path:
         for (i, j), value in np.ndenumerate(share):
             if not np.isnan(value):
                 axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9)
-        axis.set_title(method, fontsize=10)
+        axis.set_title(method, fontsize=10, wrap=True)
         axis.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts], fontsize=8)
         axis.set_xlabel("context (tokens)")
     axes[0].set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes[0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=list(axes), label="exact match (%)")
     figure.suptitle(title, fontsize=11)
-    return write_file(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    return _save(figure, path, record)
+
+
+def plot_budget(
+    series: dict[str, list[tuple[int, float, float | None, float | None]]],
+    path: Path,
+    title: str,
+    quality: str,
+    record: dict[str, Any],
+    full: float | None = None,
+) -> Path:
+    """Quality against budget: for every method ``(budget, value, low, high)``; ``full`` is a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, points in series.items():
+        points = sorted(points)
+        budgets, values = [p[0] for p in points], [p[1] for p in points]
+        below = [p[1] - (p[1] if p[2] is None else p[2]) for p in points]
+        above = [(p[1] if p[3] is None else p[3]) - p[1] for p in points]
+        axis.errorbar(budgets, values, yerr=[below, above], marker="o", capsize=3, label=name)
+    if full is not None:
+        axis.axhline(full, color="black", linestyle="--", linewidth=1, label="full attention")
+    budgets_shown = sorted({point[0] for points in series.values() for point in points})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(budgets_shown, [f"{budget:,}" for budget in budgets_shown])
+    axis.minorticks_off()
+    axis.set_xlabel("budget (tokens that a sparse layer attends to)")
+    axis.set_ylabel(quality)
+    axis.set_title(title, fontsize=11)
+    axis.legend(fontsize=8)
+    return _save(figure, path, record)
+
+
+def plot_positions(
+    series: dict[str, list[float]],
+    path: Path,
+    title: str,
+    quality: str,
+    record: dict[str, Any],
+    tokens_per_point: float = 1.0,
+) -> Path:
+    """Quality along the decoded length: one value per ``tokens_per_point`` tokens and method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, values in series.items():
+        places = [(index + 0.5) * tokens_per_point for index in range(len(values))]
+        axis.plot(places, values, marker="." if len(values) < 40 else None, label=name)
+    axis.set_xlabel("decoded tokens")
+    axis.set_ylabel(quality)
+    axis.set_title(title, fontsize=11)
+    axis.legend(fontsize=8)
+    return _save(figure, path, record)
+
+
+def _save(figure: Any, path: Path, record: dict[str, Any]) -> Path:
+    """Write the PNG; its ``Description`` field is the run record as JSON."""
+    notes = {"Software": "tidaldecode", "Description": json.dumps(record)}
+    return write_file(
+        path,
+        lambda temporary: figure.savefig(temporary, dpi=130, format="png", metadata=notes),
+    )

@@ -1,109 +1,66 @@
-"""Runs needle questions over a grid of context length x depth, by every method."""
+"""Runs a task by every method: each batch is prefilled once, and every row is stored as it comes."""
 
 from __future__ import annotations
 
-import random
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-from tidaldecode.config import TidalConfig
-from tidaldecode.eval.engine import Engine
-from tidaldecode.eval.needle import Encode, Haystack, make_sample
+from tidaldecode.engine import Engine
+from tidaldecode.eval.methods import Method
+from tidaldecode.eval.store import Row, RowStore
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to decode, as results name it. ``config`` None is full attention."""
+class Sample(Protocol):
+    """What every task's samples have."""
 
-    name: str
-    config: TidalConfig | None
-
-
-@dataclass(frozen=True)
-class NeedleGrid:
-    """Which questions are asked."""
-
-    contexts: tuple[int, ...]
-    """Lengths in tokens: context, question and answer together."""
-    depths: tuple[float, ...]
-    """Where the needle lies, from 0 (beginning) to 1 (end)."""
-    samples: int
-    """Questions per context and depth."""
-    distractors: int
-    """Other needles in the same context."""
-    seed: int = 0
-
-    def cells(self) -> list[tuple[int, float, int]]:
-        """``(context, depth, sample)`` of every question."""
-        return [
-            (context, depth, sample)
-            for context in self.contexts
-            for depth in self.depths
-            for sample in range(self.samples)
-        ]
+    context_ids: list[int]
+    """Tokens to be prefilled densely."""
 
 
-@dataclass(frozen=True)
-class NeedleRow:
-    """One question, answered by one method."""
+class Task(Protocol):
+    """Samples, and what is measured on them."""
 
-    method: str
-    context: int
-    depth: float
-    sample: int
-    exact: bool
-    """All digits of the answer right."""
-    token_accuracy: float
-    """Share of the answer's tokens that are right."""
-    step_ms: float
-    """Median wall time of a decode step in milliseconds."""
+    def keys(self) -> list[str]:
+        """Names of all samples, in the order in which they are run."""
+        ...
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
+    def build(self, key: str) -> Any:
+        """The `Sample` of that name, the same each time."""
+        ...
+
+    def measure(
+        self, engine: Engine, samples: dict[str, Any], methods: Sequence[Method]
+    ) -> Iterator[list[Row]]:
+        """Rows of one method after another, for samples that the engine has just prefilled."""
+        ...
 
 
-def run_needle(
+def run_task(
+    task: Task,
     engine: Engine,
-    haystack: Haystack,
-    encode: Encode,
     methods: Sequence[Method],
-    grid: NeedleGrid,
-    on_row: Callable[[NeedleRow], None] = lambda row: None,
-) -> list[NeedleRow]:
-    """Ask every question of ``grid`` by every method; each context is prefilled once.
+    store: RowStore,
+    *,
+    batch_size: int = 1,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> list[Row]:
+    """All rows of ``task`` by ``methods``; what ``store`` holds already is not run again.
 
-    ``on_row`` sees each row as soon as it is there.
-
-    Errors: `TidalError` when the haystack is too short for a context.
+    ``on_rows`` learns how many rows came in, those of an earlier run first.
     """
-    rows = []
-    for context, depth, index in grid.cells():
-        sample = make_sample(
-            haystack,
-            encode,
-            context_tokens=context,
-            depth=depth,
-            distractors=grid.distractors,
-            rng=random.Random(f"{grid.seed}/{context}/{depth}/{index}"),
-        )
-        engine.prefill(sample.context_ids)
-        for method in methods:
-            answer = sample.answer_ids
-            tokens, seconds = engine.decode(sample.question_ids, len(answer), method.config)
-            right = [got == want for got, want in zip(tokens, answer, strict=True)]
-            rows.append(
-                NeedleRow(
-                    method=method.name,
-                    context=context,
-                    depth=depth,
-                    sample=index,
-                    exact=all(right),
-                    token_accuracy=sum(right) / len(right),
-                    step_ms=statistics.median(seconds) * 1e3,
-                )
-            )
-            on_row(rows[-1])
-    return rows
+    on_rows(len(store.rows))
+    keys = task.keys()
+    for first in range(0, len(keys), batch_size):
+        batch = keys[first : first + batch_size]
+        missing = [
+            method for method in methods if not all(store.has(key, method.name) for key in batch)
+        ]
+        if not missing:
+            continue
+        samples = {key: task.build(key) for key in batch}
+        engine.prefill([sample.context_ids for sample in samples.values()])
+        for rows in task.measure(engine, samples, missing):
+            before = len(store.rows)
+            store.append(rows)
+            on_rows(len(store.rows) - before)
+    return store.rows

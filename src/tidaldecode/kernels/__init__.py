@@ -1,4 +1,4 @@
-"""The three kernels of a decode step: tensors in, tensors out; they know no layer, plan or model.
+"""The kernels of a decode step: tensors in, tensors out; they know no layer, plan or model.
 
 Dimensions, here and everywhere in the package: ``B`` sequences, ``S`` cached tokens, ``Hq``/``Hkv``
 query/KV heads, ``G = Hq / Hkv``, ``D`` head dimension, ``N`` selected tokens (the budget) and ``R``
@@ -17,7 +17,15 @@ The contract that the kernels share (checked once, in `tidaldecode.kernels.contr
 """
 
 from tidaldecode.kernels.dense_decode import ScoreKind, dense_decode
+from tidaldecode.kernels.page_bounds import page_bound_scores
 from tidaldecode.kernels.select_tokens import Selection, select_tokens
 from tidaldecode.kernels.sparse_decode import sparse_decode
 
-__all__ = ["ScoreKind", "Selection", "dense_decode", "select_tokens", "sparse_decode"]
+__all__ = [
+    "ScoreKind",
+    "Selection",
+    "dense_decode",
+    "page_bound_scores",
+    "select_tokens",
+    "sparse_decode",
+]

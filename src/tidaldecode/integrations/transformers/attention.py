@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tidaldecode.algorithm import DecodeState, LayerPlan, Role, decode_attention
 from tidaldecode.config import TidalConfig
+from tidaldecode.engine import OnScores
 from tidaldecode.errors import TidalError
 
 NAME = "tidal"
@@ -39,6 +40,7 @@ class Forward:
 
     config: TidalConfig
     plan: LayerPlan
+    on_scores: OnScores | None = None
     reached: bool = False
     """Whether any layer's attention came by."""
     fits: bool = False
@@ -52,10 +54,12 @@ class Forward:
             self.fits = length <= self.config.budget
             seq_lens = torch.full((batch,), length, dtype=torch.int32, device=key.device)
             self.state = DecodeState.begin(self.config, self.plan, seq_lens)
+            self.state.on_scores = self.on_scores
             return
         starts, seq_lens = _ranges(mask, batch, length)
         self.fits = int((seq_lens - starts).max()) <= self.config.budget
         self.state = DecodeState.begin(self.config, self.plan, seq_lens, starts)
+        self.state.on_scores = self.on_scores
 
 
 def tidal_attention_forward(

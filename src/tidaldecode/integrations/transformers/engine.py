@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
 from tidaldecode.config import TidalConfig
+from tidaldecode.engine import OnScores, Script, Step
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.handle import enable
 
@@ -19,59 +20,100 @@ if TYPE_CHECKING:
 
 
 class TransformersEngine:
-    """One sequence at a time on a transformers decoder; the cache of the prefill is kept."""
+    """One batch at a time on a transformers decoder; the cache of the prefill is kept."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._cache: DynamicCache | None = None
+        self._lengths: list[int] = []
 
     @torch.inference_mode()
-    def prefill(self, ids: Sequence[int]) -> None:
-        """Prefill ``ids`` with the host's own attention; replaces the sequence before."""
-        cache = DynamicCache(config=self.model.config)
-        self.model(self._tensor(ids), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def prefill(self, rows: Sequence[Sequence[int]]) -> None:
+        """Prefill ``rows`` with the host's own attention, shorter ones padded on the left.
+
+        Errors: `TidalError` for an empty batch or row.
+        """
+        self._lengths = [len(row) for row in rows]
+        if not rows or not min(self._lengths):
+            raise TidalError("prefill: expected at least one row and a token in each, got fewer")
+        longest = max(self._lengths)
+        padded = [[0] * (longest - len(row)) + list(row) for row in rows]
+        # Without the model's configuration: every layer then keeps all tokens and can be cropped.
+        cache = DynamicCache()
+        self.model(
+            self._tensor(padded),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **self._padding(longest, longest),
+        )
         self._cache = cache
 
     @torch.inference_mode()
     def steps(
-        self, forced: Sequence[int], new_tokens: int, config: TidalConfig | None
-    ) -> Iterator[tuple[torch.Tensor, float]]:
-        """Decode steps after the prefill: logits ``[vocabulary]`` fp32 and seconds of each.
+        self,
+        scripts: Sequence[Script],
+        config: TidalConfig | None,
+        on_scores: OnScores | None = None,
+    ) -> Iterator[Step]:
+        """Decode steps after the prefill; see `tidaldecode.engine.Engine.steps`.
 
-        First ``forced`` is fed, one token a step; every further step feeds the likeliest token. The
-        last logits are those that give the last of ``new_tokens``. The prefilled sequence is left as
-        it was, also when the caller stops early.
-
-        Errors: `TidalError` when nothing was prefilled or nothing is forced.
+        Errors: `TidalError` when nothing was prefilled, the scripts do not match the batch or start
+        with a free token, or the model gives NaN.
         """
-        if self._cache is None or not forced:
-            raise TidalError("engine: expected a prefilled sequence and at least one forced token")
-        length = self._cache.get_seq_length()
-        last_step = len(forced) + new_tokens - 1
-        token = 0
+        if self._cache is None:
+            raise TidalError("steps: expected a prefilled batch, found none; call prefill first")
+        if len(scripts) != len(self._lengths) or any(not s or s[0] is None for s in scripts):
+            raise TidalError(
+                f"scripts: expected one for each of {len(self._lengths)} rows, with a token to begin "
+                f"with, got {len(scripts)}"
+            )
+        cache, length = self._cache, self._cache.get_seq_length()
+        tokens = [0] * len(scripts)
         try:
-            with enable(self.model, config) if config is not None else nullcontext():
-                for step in range(last_step):
-                    token = forced[step] if step < len(forced) else token
+            with enable(self.model, config) if config is not None else nullcontext() as handle:
+                if handle is not None:
+                    handle.on_scores = on_scores
+                for index in range(max(map(len, scripts))):
+                    tokens = [_next(s, index, t) for s, t in zip(scripts, tokens, strict=True)]
                     begin = time.perf_counter()
-                    output = self.model(self._tensor([token]), past_key_values=self._cache)
-                    logits = output.logits[0, -1].float()
-                    token = int(logits.argmax())
-                    yield logits, time.perf_counter() - begin
+                    output = self.model(
+                        self._tensor([[token] for token in tokens]),
+                        past_key_values=cache,
+                        **self._padding(length + index + 1, 1),
+                    )
+                    logits = output.logits[:, -1].float()
+                    tokens = logits.argmax(-1).tolist()
+                    elapsed = time.perf_counter() - begin
+                    if logits.isnan().any():
+                        raise TidalError(
+                            f"logits: expected numbers, got NaN at decode step {index + 1}; the "
+                            "model or its dtype is broken: try --dtype float32"
+                        )
+                    yield Step(logits, tokens, elapsed)
         finally:
             # A negative count, tokens to remove, is what every supported transformers understands.
-            if (added := self._cache.get_seq_length() - length) > 0:
-                self._cache.crop(-added)
+            if (added := cache.get_seq_length() - length) > 0:
+                cache.crop(-added)
 
-    def decode(
-        self, forced: Sequence[int], new_tokens: int, config: TidalConfig | None
-    ) -> tuple[list[int], list[float]]:
-        """`steps`, reduced to the ``new_tokens`` decoded tokens and the seconds of every step."""
-        tokens, seconds = [], []
-        for logits, elapsed in self.steps(forced, new_tokens, config):
-            tokens.append(int(logits.argmax()))
-            seconds.append(elapsed)
-        return tokens[len(forced) - 1 :], seconds
+    def _padding(self, length: int, queries: int) -> dict[str, Any]:
+        """Mask and positions of the last ``queries`` of ``length`` tokens; none if no row is padded."""
+        longest = max(self._lengths)
+        if min(self._lengths) == longest:
+            return {}
+        starts = longest - torch.tensor(self._lengths, device=self.model.device)[:, None]
+        index = torch.arange(length, device=self.model.device)[None]
+        positions = (index - starts).clamp(min=0)
+        return {
+            "attention_mask": (index >= starts).long(),
+            "position_ids": positions[:, length - queries :],
+        }
 
-    def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([list(ids)], device=self.model.device)
+    def _tensor(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor(ids, device=self.model.device)
+
+
+def _next(script: Script, index: int, greedy: int) -> int:
+    """The token to feed at step ``index``."""
+    forced = script[index] if index < len(script) else None
+    return greedy if forced is None else forced

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.config import TidalConfig
+from tidaldecode.engine import OnScores
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.attention import HOST, KEYWORD, NAME, Forward, register
 from tidaldecode.integrations.transformers.settings import resolve_settings
@@ -31,6 +32,8 @@ class TidalHandle:
     ) -> None:
         decoder, self.shape = inspect_model(model)
         self.config, self.plan, self.reason = resolve_settings(model, self.shape, config, overrides)
+        self.on_scores: OnScores | None = None
+        """If set, sees the token scores of every selection layer of every decode step."""
         self._model, self._decoder = model, decoder
         self._previous = decoder.config._attn_implementation
         if self._previous != HOST:
@@ -93,7 +96,7 @@ class TidalHandle:
                 "output_attentions: expected False, since sparse layers never form the whole matrix "
                 "of attention weights, got True; call disable(model) to look at attention weights"
             )
-        return args, {**kwargs, KEYWORD: Forward(self.config, self.plan)}
+        return args, {**kwargs, KEYWORD: Forward(self.config, self.plan, self.on_scores)}
 
     def _after(
         self,

@@ -48,6 +48,7 @@ def resolve_settings(
         dense_layers=settings.dense_layers,
         select_layers=settings.select_layers,
         full_attention=shape.full_attention,
+        estimate=settings.selector == "page_bounds",
     )
     return settings, plan, reason
 
