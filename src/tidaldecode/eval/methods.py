@@ -85,7 +85,9 @@ def _value(name: str, text: str) -> Any:
     if name == "select_layers" and text != "auto":
         parts = text.split("+")
         return tuple(int(part) for part in parts) if all(map(str.isdigit, parts)) else text
-    return int(text) if text.isdigit() else text
+    if name == "mass":
+        return float(text)
+    return int(text) if text.isdigit() and name != "head_map" else text
 
 
 def _label(options: dict[str, Any]) -> str:

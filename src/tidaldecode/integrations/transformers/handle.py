@@ -16,6 +16,7 @@ from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.attention import HOST, KEYWORD, NAME, Forward, register
 from tidaldecode.integrations.transformers.settings import resolve_settings
 from tidaldecode.integrations.transformers.support import inspect_model
+from tidaldecode.kernels import Selection
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class TidalHandle:
         self.config, self.plan, self.reason = resolve_settings(model, self.shape, config, overrides)
         self.on_scores: OnScores | None = None
         """If set, sees the token scores of every selection layer of every decode step."""
+        self._memory: dict[int, tuple[int, Selection]] = {}
         self._model, self._decoder = model, decoder
         self._previous = decoder.config._attn_implementation
         if self._previous != HOST:
@@ -96,7 +98,10 @@ class TidalHandle:
                 "output_attentions: expected False, since sparse layers never form the whole matrix "
                 "of attention weights, got True; call disable(model) to look at attention weights"
             )
-        return args, {**kwargs, KEYWORD: Forward(self.config, self.plan, self.on_scores)}
+        return args, {
+            **kwargs,
+            KEYWORD: Forward(self.config, self.plan, self.on_scores, self._memory),
+        }
 
     def _after(
         self,
