@@ -21,8 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"algorithm", "kernels"},
     "eval": {"algorithm", "kernels"},
     "bench": {"algorithm", "kernels"},
+    "calibrate": {"algorithm", "eval", "integrations"},
     "demo": {"algorithm", "eval", "integrations"},
-    "cli": {"algorithm", "bench", "demo", "eval", "integrations", "kernels"},
+    "cli": {"algorithm", "bench", "calibrate", "demo", "eval", "integrations", "kernels"},
     "__init__": {"algorithm", "integrations"},
 }
 

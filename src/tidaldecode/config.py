@@ -26,6 +26,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "correct_every": (None,),
     "draft_tokens": ("auto",),
 }
+_NOTES = ("model", "calibration")
+"""What a calibration adds to the file: the model it is for, and how it was found."""
 _LATER = {"mode", "cuda_graph", "correct_every", "draft_tokens"}
 
 
@@ -198,17 +200,12 @@ class TidalConfig:
 
         Errors: `TidalError` when it is missing, is not JSON, or holds a bad option.
         """
-        path = Path(directory) / CONFIG_FILE
+        values = _read(Path(directory) / CONFIG_FILE)
+        settings = {name: value for name, value in values.items() if name not in _NOTES}
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TidalError(f"{path}: expected a readable JSON file, got: {error}") from error
-        if not isinstance(values, dict):
-            raise TidalError(f"{path}: expected a JSON object, got {type(values).__name__}")
-        try:
-            return cls.from_dict(values)
+            return cls.from_dict(settings)
         except TidalError as error:
-            raise TidalError(f"{path}: {error}") from error
+            raise TidalError(f"{Path(directory) / CONFIG_FILE}: {error}") from error
 
     @classmethod
     def _check_names(cls, values: dict[str, Any]) -> None:
@@ -218,6 +215,28 @@ class TidalConfig:
             raise TidalError(
                 f"option: expected one of {', '.join(known)}, got {', '.join(map(repr, unknown))}"
             )
+
+
+def calibrated_model(directory: str | Path) -> dict[str, Any]:
+    """What the file says of the model it was made for (``model_type``, ``num_layers``), or ``{}``.
+
+    Errors: `TidalError` as in `TidalConfig.load`.
+    """
+    path = Path(directory) / CONFIG_FILE
+    model = _read(path).get("model", {})
+    if not isinstance(model, dict):
+        raise TidalError(f"{path}: expected model to be a JSON object, got {type(model).__name__}")
+    return model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TidalError(f"{path}: expected a readable JSON file, got: {error}") from error
+    if not isinstance(values, dict):
+        raise TidalError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _check_whole_number(name: str, value: Any, lowest: int) -> None:

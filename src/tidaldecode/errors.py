@@ -15,6 +15,10 @@ class TidalError(ValueError):
     """
 
 
+class UncalibratedWarning(UserWarning):
+    """Selection layers come from a fallback, because nobody calibrated the model."""
+
+
 def check_tensor(
     name: str,
     tensor: torch.Tensor,

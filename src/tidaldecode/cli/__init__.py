@@ -10,6 +10,7 @@ import sys
 import typer
 
 from tidaldecode.cli import eval as evaluation
+from tidaldecode.cli.calibrate import calibrate
 from tidaldecode.cli.demo import demo
 from tidaldecode.cli.generate import generate
 from tidaldecode.cli.info import info
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(info)
+app.command()(calibrate)
 app.add_typer(evaluation.app, name="eval")
 
 USAGE_ERROR = 2

@@ -112,6 +112,45 @@ def plot_positions(
     return _save(figure, path, record)
 
 
+def plot_calibration(
+    rounds: dict[str, dict[int, float]],
+    shared_mass: list[list[float]],
+    path: Path,
+    chosen: Sequence[int],
+    record: dict[str, Any],
+) -> Path:
+    """KL by added layer, one row a round of the search, over the shared softmax mass of all layers."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    layers = len(shared_mass)
+    losses = np.full((max(1, len(rounds)), layers), np.nan)
+    for row, grown in enumerate(rounds.values()):
+        for layer, loss in grown.items():
+            losses[row, layer] = max(loss, 1e-6)
+    width = max(6.0, 0.45 * layers)
+    figure = Figure(figsize=(width, 1.5 + 0.5 * len(losses) + width * 0.75), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=[1 + len(losses), 0.75 * layers])
+    image = top.imshow(losses, cmap="RdYlGn_r", norm=LogNorm(), aspect="auto")
+    for (row, layer), loss in np.ndenumerate(losses):
+        if not np.isnan(loss):
+            shown = f"{loss:.3f}" if layers <= 16 else f"{loss:.2f}"
+            top.text(layer, row, shown, ha="center", va="center", fontsize=7)
+    top.set_yticks(range(len(rounds)), [f"with {base}" for base in rounds], fontsize=8)
+    top.set_xticks(range(layers), range(layers), fontsize=7)
+    top.set_xlabel("layer added")
+    top.set_title(f"KL to full attention (nats/token); chosen {', '.join(map(str, chosen))}")
+    figure.colorbar(image, ax=top)
+    mass = np.array(shared_mass)
+    image = bottom.imshow(np.where(mass > 0, mass, np.nan), cmap="viridis", vmin=0, vmax=1)
+    bottom.set_xlabel("layer that reads")
+    bottom.set_ylabel("layer that selects")
+    bottom.set_title("softmax mass found in another layer's tokens, over that in its own")
+    figure.colorbar(image, ax=bottom)
+    return _save(figure, path, record)
+
+
 def _save(figure: Any, path: Path, record: dict[str, Any]) -> Path:
     """Write the PNG; its ``Description`` field is the run record as JSON."""
     notes = {"Software": "tidaldecode", "Description": json.dumps(record)}

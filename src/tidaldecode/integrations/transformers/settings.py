@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.algorithm.plan import LayerPlan, default_select_layers
-from tidaldecode.config import CONFIG_FILE, TidalConfig
+from tidaldecode.config import CONFIG_FILE, TidalConfig, calibrated_model
+from tidaldecode.errors import TidalError, UncalibratedWarning
 from tidaldecode.integrations.transformers.support import ModelShape
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def resolve_settings(
     """
     folder = Path(model.name_or_path) if model.name_or_path else None
     has_file = folder is not None and (folder / CONFIG_FILE).is_file()
-    beside = TidalConfig.load(folder) if folder is not None and has_file else None
+    beside = _load_beside(folder, model, shape) if folder is not None and has_file else None
     base = config or beside or TidalConfig()
     settings = base.replace(**overrides)
     reason = "given"
@@ -53,6 +55,20 @@ def resolve_settings(
     return settings, plan, reason
 
 
+def _load_beside(folder: Path, model: PreTrainedModel, shape: ModelShape) -> TidalConfig:
+    """The configuration in ``folder``. Errors: `TidalError` when it was made for another model."""
+    found = calibrated_model(folder)
+    own = {"model_type": model.config.model_type, "num_layers": shape.num_layers}
+    differs = [name for name in own if name in found and found[name] != own[name]]
+    if differs:
+        listed = ", ".join(f"{name} {found[name]!r} for {own[name]!r}" for name in differs)
+        raise TidalError(
+            f"{folder / CONFIG_FILE}: expected a calibration of this model, got another's ({listed}); "
+            "run tidaldecode calibrate anew or remove the file"
+        )
+    return TidalConfig.load(folder)
+
+
 def _choose_layers(
     model: PreTrainedModel,
     shape: ModelShape,
@@ -62,6 +78,21 @@ def _choose_layers(
 ) -> tuple[tuple[int, ...], str]:
     if beside is not None and folder is not None and beside.select_layers != "auto":
         return beside.select_layers, f"calibrated: {folder / CONFIG_FILE}"
+    layers, reason = fallback_layers(model, shape, settings.dense_layers)
+    place = f"--model {folder}" if folder is not None and folder.is_dir() else "--model DIR"
+    warnings.warn(
+        f"{type(model).__name__}: selection layers are not calibrated; using {layers} ({reason}). "
+        f"The wrong layers can lose most of the quality: run tidaldecode calibrate {place}",
+        UncalibratedWarning,
+        stacklevel=2,
+    )
+    return layers, reason
+
+
+def fallback_layers(
+    model: PreTrainedModel, shape: ModelShape, dense_layers: int
+) -> tuple[tuple[int, ...], str]:
+    """The selection layers of a model that nobody calibrated, and where they come from."""
     config = model.get_decoder().config
     key = (
         config.model_type,
@@ -72,5 +103,5 @@ def _choose_layers(
     if key in _PUBLISHED:
         layers, source = _PUBLISHED[key]
         return layers, f"published: {source}"
-    layers = default_select_layers(shape.full_attention, settings.dense_layers)
+    layers = default_select_layers(shape.full_attention, dense_layers)
     return layers, "rule of thumb: the first layer after the dense ones, and one near 0.4 x depth"
