@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"algorithm", "eval", "integrations"},
     "cli": {"algorithm", "bench", "calibrate", "demo", "eval", "integrations", "kernels"},
     "__init__": {"algorithm", "integrations"},
+    "__main__": {"cli"},
 }
 
 

@@ -1,0 +1,5 @@
+"""``python -m tidaldecode``: the command line."""
+
+from tidaldecode.cli import main
+
+main()
