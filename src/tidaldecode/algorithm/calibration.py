@@ -6,6 +6,7 @@ search asks for what the model says, through ``measure``, and for nothing cheape
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,8 +28,8 @@ class LayerSearch:
     passes: dict[int, int] = field(default_factory=dict)
     """Measurements that each size took beyond those before."""
 
-    def run(self, count: int, target: float = 0.0) -> Layers:
-        """The best set found with up to ``count`` layers; stops growing below ``target``.
+    def run(self, count: int, target: float = -math.inf) -> Layers:
+        """The best set found with up to ``count`` layers; stops growing at ``target`` or below.
 
         Every size starts from the best smaller set, adds the layer that helps most, and then tries to
         exchange each earlier one but the first. With L candidates a size n takes at most

@@ -91,6 +91,11 @@ def calibrate_model(
             f"context: expected 64 to {limit:,} tokens and at least one prompt, got "
             f"{request.context:,} tokens and {request.needles + request.passages} prompts"
         )
+    if request.count is not None and request.count > len(candidates):
+        raise TidalError(
+            f"count: expected at most {len(candidates)} selection layers for this model, got "
+            f"{request.count}"
+        )
     if request.budget >= request.context:
         raise TidalError(
             f"budget: expected fewer tokens than the context's {request.context:,}, got "
@@ -118,14 +123,16 @@ def calibrate_model(
         return loss
 
     search = LayerSearch(measure, candidates)
-    best = search.run(request.count or _MOST_LAYERS, 0.0 if request.count else ENOUGH_KL)
     if request.count:
+        search.run(request.count)
         best = search.best[request.count]
+    else:
+        best = search.run(min(_MOST_LAYERS, len(candidates)), ENOUGH_KL)
     default, reason = fallback_layers(model, shape, base.dense_layers)
     search.loss(default)
     every = base.replace(select_layers=candidates)
     mass = study.shared_mass(every.replace(granularity="shared"), shape.num_layers)
-    pairs = [(candidates[0], layer) for layer in candidates[1:]]
+    pairs: list[Layers] = [(candidates[0], layer) for layer in candidates[1:]]
     predicted = {pair: predicted_share(mass, pair) for pair in pairs}
     measured = [pair for pair in pairs if pair in search.losses]
     return Outcome(

@@ -6,6 +6,8 @@ Every fault of the input ends as one line on stderr and exit code 2; Ctrl-C ends
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import TextIO
 
 import typer
 
@@ -40,7 +42,9 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
     try:
-        code = app(arguments, standalone_mode=False, prog_name="tidaldecode")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(arguments, standalone_mode=False, prog_name="tidaldecode")
     except TidalError as error:
         return _fail(str(error))
     except typer.TyperException as error:
@@ -53,6 +57,18 @@ def run(arguments: list[str]) -> int:
     if code == INTERRUPTED:
         print("tidaldecode: interrupted; rows already on disk can be continued", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning as one line, without the place in our source that it comes from."""
+    print(f"tidaldecode: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

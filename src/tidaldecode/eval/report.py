@@ -52,7 +52,7 @@ class Report:
         for index, header in enumerate(
             ["method", *headers, "attended\n(tokens)", "KV read\n(MB/step)"]
         ):
-            table.add_column(header, justify="right" if index else "left", overflow="fold")
+            table.add_column(header, justify="right" if index else "left", no_wrap=not index)
         for name, *cells in lines:
             cost = self.costs[name]
             table.add_row(name, *cells, f"{cost.attended_tokens:,}", f"{cost.kv_bytes / 1e6:.2f}")

@@ -23,11 +23,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import (
-    get_rolling_token_windows,
-    make_disjoint_window,
-    simple_parse_args_string,
-)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from tidaldecode.config import TidalConfig
@@ -80,17 +76,13 @@ class TidalLM(TemplateLM):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         super().__init__()
-        unknown = sorted(settings.keys() - set(_SETTINGS))
-        if unknown:
+        if unknown := sorted(settings.keys() - set(_SETTINGS)):
             raise TidalError(
                 f"model_args: expected {', '.join([*_OPTIONS, *_SETTINGS])}, "
                 f"got {', '.join(map(repr, unknown))}; remove or correct it"
             )
         if not pretrained:
-            raise TidalError(
-                "pretrained: expected a local model directory, got none; add pretrained=DIR to "
-                "model_args"
-            )
+            raise TidalError("pretrained: expected a model directory, got none; add pretrained=DIR")
         if method not in ("tidal", "dense"):
             raise TidalError(f"method: expected tidal or dense, got {method!r}")
         self.batch_size = _at_least_one("batch_size", batch_size)
@@ -107,13 +99,6 @@ class TidalLM(TemplateLM):  # type: ignore[misc]
         self._device = model.device
         ends = model.generation_config.eos_token_id
         self._ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-
-    @classmethod
-    def create_from_arg_string(
-        cls, arg_string: str, additional_config: dict[str, Any] | None = None
-    ) -> TidalLM:
-        """As `create_from_arg_obj`, from ``name=value,name=value``."""
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(
@@ -153,13 +138,12 @@ class TidalLM(TemplateLM):  # type: ignore[misc]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The prompt of a chat, by the model's own template."""
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
+        ending = {"continue_final_message": not add_generation_prompt}
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, **ending
+            )
         )
-        return str(text)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -303,8 +287,10 @@ class TidalLM(TemplateLM):  # type: ignore[misc]
         with closing(self.engine.steps(scripts, self.config)) as steps:  # type: ignore[type-var]
             for index, step in enumerate(steps):
                 for row in [r for r in running if index >= len(questions[r]) - 1]:
-                    made[row].append(step.tokens[row])
-                    if self._is_over(made[row], limit, until):
+                    ended = step.tokens[row] in self._ends
+                    made[row] += [] if ended else [step.tokens[row]]
+                    text = self.tokenizer.decode(made[row])  # stop strings can be special tokens
+                    if ended or len(made[row]) == limit or any(stop in text for stop in until):
                         running.remove(row)
                 if not running:
                     break
@@ -312,12 +298,6 @@ class TidalLM(TemplateLM):  # type: ignore[misc]
         for stop in until:
             texts = [text.split(stop)[0] for text in texts]
         return texts
-
-    def _is_over(self, tokens: list[int], limit: int, until: Sequence[str]) -> bool:
-        if len(tokens) == limit or tokens[-1] in self._ends:
-            return True
-        text = self.tokenizer.decode(tokens)  # stop strings can be special tokens
-        return any(stop in text for stop in until)
 
 
 def _greedy_only(asked: dict[str, Any]) -> tuple[int, list[str]]:
