@@ -15,6 +15,13 @@ from tidaldecode.errors import TidalError
 @st.composite
 def configs(draw: st.DrawFn) -> TidalConfig:
     """Any configuration that is accepted."""
+    if draw(st.integers(0, 5)) == 0:
+        return TidalConfig.preset(
+            "quest",
+            budget=draw(st.integers(1, 5000)),
+            dense_layers=draw(st.integers(0, 8)),
+            page_tokens=draw(st.integers(1, 64)),
+        )
     sinks, recents = draw(st.integers(0, 64)), draw(st.integers(0, 1000))
     spare = draw(st.integers(0, 5000))
     layers = draw(st.one_of(st.just("auto"), st.sets(st.integers(0, 90)).map(sorted).map(tuple)))
@@ -26,6 +33,7 @@ def configs(draw: st.DrawFn) -> TidalConfig:
         select_layers=layers,
         granularity=granularity,
         score=draw(st.sampled_from(scores)),
+        page_tokens=draw(st.integers(1, 64)),
         sink_tokens=sinks,
         recent_tokens=recents,
         backend=draw(st.sampled_from(("auto", "torch", "triton"))),
@@ -40,6 +48,8 @@ def test_the_defaults_are_those_that_the_documentation_states():
         "select_layers": "auto",
         "granularity": "shared",
         "score": "softmax",
+        "selector": "attention",
+        "page_tokens": 16,
         "sink_tokens": 4,
         "recent_tokens": 15,
         "backend": "auto",
@@ -107,6 +117,12 @@ def test_an_unknown_option_is_refused_and_the_known_ones_named(build):
         build({"bugdet": 7})
 
 
+QUEST = {
+    "selector": "page_bounds",
+    "select_layers": (),
+    "granularity": "query_head",
+    "score": "logits",
+}
 REFUSALS = [
     *(
         ({name: value}, rf"^{name}: expected a whole number from {lowest} up, got ")
@@ -115,6 +131,7 @@ REFUSALS = [
             ("dense_layers", 0),
             ("sink_tokens", 0),
             ("recent_tokens", 0),
+            ("page_tokens", 1),
         ]
         for value in (lowest - 1, 2.0, "7", None, True, float("nan"))
     ),
@@ -136,7 +153,15 @@ REFUSALS = [
     ),
     *(
         ({name: value}, rf"^{name}: expected .*, got ")
-        for name in ("granularity", "score", "backend", "cuda_graph", "mode", "draft_tokens")
+        for name in (
+            "granularity",
+            "score",
+            "selector",
+            "backend",
+            "cuda_graph",
+            "mode",
+            "draft_tokens",
+        )
         for value in ("", "none", 5, None, True, [1])
     ),
     (
@@ -165,6 +190,19 @@ REFUSALS = [
             rf"^score: expected 'softmax' .*, got 'logits' with granularity='{granularity}'",
         )
         for granularity in ("shared", "kv_head")
+    ),
+    *(
+        (
+            {**QUEST, name: value},
+            rf"^{name}: expected .* where every layer ranks its own pages.* use preset 'quest'",
+        )
+        for name, value in [
+            ("select_layers", (2,)),
+            ("select_layers", "auto"),
+            ("granularity", "shared"),
+            ("granularity", "kv_head"),
+            ("score", "softmax"),
+        ]
     ),
 ]
 
@@ -206,6 +244,13 @@ def test_the_streaming_preset_selects_nothing(budget):
     assert config.sink_tokens + config.recent_tokens + 1 == config.budget == budget
 
 
+@pytest.mark.parametrize("budget", [1, 64, 1024])
+def test_the_quest_preset_ranks_pages_of_16_for_every_query_head_and_forces_nothing(budget):
+    config = TidalConfig.preset("quest", budget=budget)
+    assert config == TidalConfig(budget=budget, sink_tokens=0, recent_tokens=0, **QUEST)
+    assert (config.dense_layers, config.page_tokens) == (2, 16)
+
+
 def test_a_preset_yields_to_overrides():
     config = TidalConfig.preset("paper", budget=128, select_layers=(2, 13), sink_tokens=4)
     assert (config.budget, config.select_layers, config.sink_tokens) == (128, (2, 13), 4)
@@ -213,17 +258,19 @@ def test_a_preset_yields_to_overrides():
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(TidalError, match=r"^preset: expected one of paper, .*, got 'quest'"):
-        TidalConfig.preset("quest")
+    with pytest.raises(TidalError, match=r"^preset: expected one of paper, .*quest, got 'snap'"):
+        TidalConfig.preset("snap")
 
 
-@pytest.mark.parametrize("name, budget", [("streaming", 4), ("lessismore", 4), ("paper", 0)])
+@pytest.mark.parametrize(
+    "name, budget", [("streaming", 4), ("lessismore", 4), ("paper", 0), ("quest", 0)]
+)
 def test_a_preset_with_too_small_a_budget_is_refused(name, budget):
     with pytest.raises(TidalError, match=r"^(budget|recent_tokens): expected "):
         TidalConfig.preset(name, budget=budget)
 
 
-@pytest.mark.parametrize("name", ["paper", "lessismore", "streaming"])
+@pytest.mark.parametrize("name", ["paper", "lessismore", "streaming", "quest"])
 @pytest.mark.parametrize("budget", ["64", None])
 def test_a_preset_with_a_budget_that_is_no_number_is_refused(name, budget):
     with pytest.raises(TidalError, match=r"^budget: expected a whole number"):

@@ -8,7 +8,7 @@ from reference_attention import assert_attends_exactly, attention
 from tidaldecode.algorithm import DecodeState, LayerPlan, decode_attention
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
-from tidaldecode.kernels import dense_decode, select_tokens, sparse_decode
+from tidaldecode.kernels import dense_decode, page_bound_scores, select_tokens, sparse_decode
 
 LAYERS, TOKENS, KV_HEADS, GROUP = 7, 60, 2, 3
 ENDS, STARTS = [60, 41, 9, 30], [0, 13, 0, 29]
@@ -298,3 +298,67 @@ def test_a_layer_brings_the_state_to_the_device_of_its_query():
         q, k, v = (x.to("meta") for x in (stack[0].q, caches[0]["k"], caches[0]["v"]))
         decode_attention(q, k, v, 0, PLAN, state, scale=1.0)
     assert state.seq_lens.device.type == state.starts.device.type == "meta"
+
+
+QUEST_PLAN = LayerPlan.build(LAYERS, dense_layers=2, select_layers=(), estimate=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_quest_preset_picks_by_the_bounds_of_each_layers_own_pages(layout):
+    config = TidalConfig.preset("quest", budget=16, page_tokens=4)
+    assert str(QUEST_PLAN) == "DDEEEEE"
+    stack = make_stack(layout)
+    caches = make_caches(stack)
+    state = begin(stack, caches, config, QUEST_PLAN)
+    assert state.selection is None
+    for layer, (case, cache) in enumerate(zip(stack, caches, strict=True)):
+        selection = state.selection
+        out = attend(case, cache, layer, QUEST_PLAN, state)
+        if layer < 2:
+            assert_layer_attends_to(out, case, case.keep)
+            assert state.selection is None
+            continue
+        rows = {"seq_lens": case.seq_lens, "starts": case.starts}
+        bounds = page_bound_scores(case.q, scale=case.scale, page_tokens=4, **rows, **cache)
+        expected = select_tokens(bounds, **rows, budget=16)
+        assert state.selection is not selection
+        assert torch.equal(state.selection.positions, expected.positions)
+        assert state.selection.positions.shape[1] == KV_HEADS * GROUP
+        assert_layer_attends_to(out, case, mask_of(state, case))
+
+
+def test_quest_with_a_budget_of_the_whole_context_is_dense_attention():
+    config = TidalConfig.preset("quest", budget=TOKENS)
+    stack = make_stack()
+    caches = make_caches(stack)
+    state = begin(stack, caches, config, QUEST_PLAN)
+    for layer, (case, cache) in enumerate(zip(stack, caches, strict=True)):
+        out = attend(case, cache, layer, QUEST_PLAN, state)
+        dense, _, _ = dense_decode(
+            case.q, seq_lens=case.seq_lens, starts=case.starts, scale=case.scale, **cache
+        )
+        torch.testing.assert_close(out, dense)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quest_takes_values_of_its_selected_tokens_and_no_others(layout):
+    config = TidalConfig.preset("quest", budget=12, page_tokens=4)
+    stack = make_stack(layout)
+    caches = make_caches(stack)
+    state = begin(stack, caches, config, QUEST_PLAN)
+    case = stack[2]
+    clean = attend(case, caches[2], 2, QUEST_PLAN, state)
+    read = mask_of(state, case).unflatten(1, (KV_HEADS, GROUP)).any(2)
+    assert not torch.equal(read, case.valid[:, None].expand_as(read))
+    torch.manual_seed(7)  # the same blocks again
+    poisoned = {**caches[2], "v": case.cache(read)["v"]}  # keys have to be read, for their bounds
+    out = attend(case, poisoned, 2, QUEST_PLAN, begin(stack, caches, config, QUEST_PLAN))
+    assert torch.isfinite(out).all() and torch.equal(out, clean)
+
+
+def test_the_configured_backend_reaches_the_bounds():
+    stack = make_stack()
+    caches = make_caches(stack)
+    config = TidalConfig.preset("quest", budget=12, backend="triton")
+    with pytest.raises(TidalError, match=r"^backend: the Triton kernels"):
+        attend(stack[2], caches[2], 2, QUEST_PLAN, begin(stack, caches, config, QUEST_PLAN))

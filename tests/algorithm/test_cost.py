@@ -30,3 +30,14 @@ def test_a_budget_beyond_the_context_reads_the_context():
 
 def test_full_attention_reads_everything_in_every_planned_layer():
     assert full_kv_bytes_per_step(PLAN, **SIZES) == 5 * 1000 * 2 * ROW
+
+
+@pytest.mark.parametrize(("context", "pages"), [(1000, 63), (1008, 63), (1009, 64), (1, 1)])
+def test_a_layer_that_estimates_reads_two_bounds_of_every_page_and_its_tokens(context, pages):
+    plan = LayerPlan.build(4, dense_layers=1, select_layers=(), estimate=True)
+    config = TidalConfig.preset("quest", budget=100)
+    sizes = {**SIZES, "context": context}
+    tokens = min(100, context) * 6
+    assert kv_bytes_per_step(plan, config, query_heads=6, **sizes) == (
+        (context * 2 + 3 * (tokens + pages * 2)) * ROW
+    )

@@ -8,6 +8,7 @@ from tidaldecode.algorithm import LayerPlan, Role, default_select_layers
 from tidaldecode.errors import TidalError
 
 D, S, SPARSE, HOST = Role.DENSE, Role.SELECT, Role.SPARSE, Role.HOST
+ESTIMATE = Role.ESTIMATE
 
 
 def test_the_papers_plan_prints_as_the_readme_shows_it():
@@ -49,6 +50,19 @@ def test_a_plan_without_selection_layers_is_preselected():
     plan = LayerPlan.build(4, dense_layers=1, select_layers=())
     assert str(plan) == "D..." and plan.preselected
     assert str(LayerPlan.build(3, dense_layers=0, select_layers=())) == "..."
+
+
+def test_layers_that_pick_for_themselves_follow_the_dense_ones_and_need_no_selection():
+    plan = LayerPlan.build(6, dense_layers=2, select_layers=(), estimate=True)
+    assert str(plan) == "DDEEEE" and not plan.preselected
+    assert plan.layers(ESTIMATE) == (2, 3, 4, 5)
+    full = [True, False, True, True, False]
+    hybrid = LayerPlan.build(
+        5, dense_layers=1, select_layers=(), full_attention=full, estimate=True
+    )
+    assert str(hybrid) == "D-EE-"
+    with pytest.raises(TidalError, match=r"^plan DDD: expected at least one sparse layer"):
+        LayerPlan.build(3, dense_layers=3, select_layers=(), estimate=True)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

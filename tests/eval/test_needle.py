@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+from eval_cases import decode, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,20 +13,12 @@ from tidaldecode.eval.haystack import standard_library_files, standard_library_t
 from tidaldecode.eval.needle import (
     ANSWER_DIGITS,
     Haystack,
+    NeedleShape,
     draw_key,
     draw_value,
     make_sample,
     statement_text,
 )
-
-
-def encode(text: str) -> list[int]:
-    return [ord(character) for character in text]
-
-
-def decode(ids: list[int]) -> str:
-    return "".join(map(chr, ids))
-
 
 TEXT = "".join(f"line {number} of the haystack\n" for number in range(800))
 HAYSTACK = Haystack.from_text(TEXT, encode, decode)
@@ -33,7 +26,8 @@ HAYSTACK = Haystack.from_text(TEXT, encode, decode)
 
 def sample(seed: int = 0, **changes):
     options = {"context_tokens": 2000, "depth": 0.5, "distractors": 3} | changes
-    return make_sample(HAYSTACK, encode, rng=random.Random(seed), **options)
+    shape = NeedleShape(distractors=options.pop("distractors"))
+    return make_sample(HAYSTACK, encode, rng=random.Random(seed), shape=shape, **options)
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,8 +39,13 @@ def sample(seed: int = 0, **changes):
 )
 def test_a_sample_hides_its_answer_once_and_has_the_asked_length(seed, tokens, depth, distractors):
     made = sample(seed, context_tokens=tokens, depth=depth, distractors=distractors)
-    context, question, answer = map(decode, (made.context_ids, made.question_ids, made.answer_ids))
-    assert made.total_tokens == tokens
+    [answer] = made.answers
+    asked, free = made.script[: answer.first_step + 1], made.script[answer.first_step + 1 :]
+    assert free == [None] * (ANSWER_DIGITS - 1)
+    context, question, answer = map(decode, (made.context_ids, asked, answer.ids))
+    assert made.total_tokens == tokens == len(context) + len(question) + len(answer)
+    assert decode(made.solved) == question + answer
+    assert made.values == [answer]
     assert len(answer) == ANSWER_DIGITS
     assert answer.isdigit()
     key = question.removeprefix("# What is the code of ").removesuffix("? ")

@@ -45,7 +45,7 @@ RecentTokensOption = Annotated[
 ]
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", help="A published system: paper, lessismore or streaming."),
+    typer.Option("--preset", help="A published system: paper, lessismore, streaming or quest."),
 ]
 
 

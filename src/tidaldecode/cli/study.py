@@ -108,6 +108,9 @@ class Study:
 
     def run(self, task: Task, batch_size: int, details: dict[str, Any]) -> None:
         """Run what is not on disk yet, with progress. Errors: `TidalError`."""
+        keys = task.keys()
+        for key in keys:  # what cannot be built is refused before a file is touched
+            task.build(key)
         record = run_record(
             task=self.name,
             model=_fingerprint(self.model),
@@ -123,7 +126,7 @@ class Study:
 
         engine = TransformersEngine(self.model)
         with rows_progress(self.console) as progress:
-            bar = progress.add_task("rows", total=len(task.keys()) * len(self.methods))
+            bar = progress.add_task("rows", total=len(keys) * len(self.methods))
             run_task(
                 task,
                 engine,

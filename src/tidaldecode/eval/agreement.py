@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tidaldecode.engine import Engine, Script
 from tidaldecode.eval.methods import DENSE, Method
 from tidaldecode.eval.passages import Passage, PassageSet
@@ -65,11 +67,12 @@ class AgreementTask:
             ]
 
 
-def kl_nats(full: Any, other: Any) -> list[float]:
+def kl_nats(full: torch.Tensor, other: torch.Tensor) -> list[float]:
     """KL(full || other) of every row, in nats; both are logits ``[B, vocabulary]`` fp32."""
     p, q = full.log_softmax(-1), other.log_softmax(-1)
+    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
     # A difference of rounding errors can fall below zero, a divergence cannot.
-    values: list[float] = (p.exp() * (p - q)).sum(-1).clamp(min=0).tolist()
+    values: list[float] = terms.sum(-1).clamp(min=0).tolist()
     return values
 
 

@@ -64,7 +64,7 @@ def _config(name: str, base: TidalConfig, budget: Any, options: dict[str, Any]) 
     if name == "tidal":
         return base.replace(**{"budget": budget, **options})
     if name == "recent":
-        given = {"sink_tokens": 0, "recent_tokens": budget - 1}
+        given = {"sink_tokens": 0, "recent_tokens": budget - 1 if isinstance(budget, int) else 0}
         return TidalConfig.preset("streaming", budget=budget, **{**given, **options})
     layers = {} if name in ("streaming", "quest") else {"select_layers": base.select_layers}
     return TidalConfig.preset(name, budget=budget, **{**layers, **options})
@@ -77,17 +77,20 @@ def _options(method: str, text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals:
             raise TidalError(f"method: expected option=value after the colon, got {method!r}")
-        options[name.replace("-", "_")] = _value(name.replace("-", "_"), value)
+        name = name.replace("-", "_")
+        if name in options:
+            raise TidalError(f"method: expected every option once, got {name} again in {method!r}")
+        options[name] = _value(name, value)
     return options
 
 
 def _value(name: str, text: str) -> Any:
     if name == "select_layers" and text != "auto":
         parts = text.split("+")
-        return tuple(int(part) for part in parts) if all(map(str.isdigit, parts)) else text
+        return tuple(int(part) for part in parts) if all(map(str.isdecimal, parts)) else text
     if name == "mass":
         return float(text)
-    return int(text) if text.isdigit() and name != "head_map" else text
+    return int(text) if text.isdecimal() and name != "head_map" else text
 
 
 def _label(options: dict[str, Any]) -> str:

@@ -133,18 +133,24 @@ class Haystack:
         breaks = {token: "\n" in decode([token]) for token in set(ids)}
         return cls(ids, [breaks[token] for token in ids])
 
-    def window(self, tokens: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    def window(
+        self, tokens: int, rng: random.Random, part: tuple[int, int] = (0, 1)
+    ) -> tuple[list[int], list[int]]:
         """``tokens`` consecutive ids starting after a line end, and the line ends within (or 0).
+
+        ``part`` (index, count): the window starts in that one of so many equal parts of the text.
 
         Errors: `TidalError` when the haystack is shorter than ``tokens``.
         """
         starts = [end for end in self._line_ends if end + tokens <= len(self.ids)]
         if not starts:
             raise TidalError(
-                f"haystack: expected more than {tokens:,} tokens, found {len(self.ids):,}; "
-                "use a longer text or a shorter context"
+                f"haystack: expected more than {tokens:,} tokens after a line break, found "
+                f"{len(self.ids):,} in all; use a longer text or a shorter context"
             )
-        start = rng.choice(starts)
+        index, count = part
+        first, last = len(starts) * index // count, len(starts) * (index + 1) // count
+        start = rng.choice(starts[first : max(last, first + 1)])
         inside = [end - start for end in self._line_ends if start < end < start + tokens]
         return self.ids[start : start + tokens], inside or [0]
 

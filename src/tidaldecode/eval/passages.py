@@ -21,7 +21,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class PassageSet:
-    """``samples`` windows of ``context`` tokens each, with ``new_tokens`` to decode after them."""
+    """``samples`` windows of ``context`` tokens each, with ``new_tokens`` to decode after them.
+
+    The windows start in equal parts of the text, so that they differ as much as it allows.
+    """
 
     text: Haystack
     context: int
@@ -41,5 +44,6 @@ class PassageSet:
                 f"{self.new_tokens}"
             )
         rng = random.Random(f"{self.seed}/{key}")
-        ids, _ = self.text.window(self.context + self.new_tokens, rng)
+        part = (int(key.rpartition("/")[2]), self.samples)
+        ids, _ = self.text.window(self.context + self.new_tokens, rng, part)
         return Passage(ids[: self.context - 1], ids[self.context - 1 :])

@@ -46,7 +46,8 @@ class RowStore:
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
             lines = [json.loads(line) for line in whole.splitlines()]
-            found = lines[0]["record"]
+            found, rows = dict(lines[0]["record"]), lines[1:]
+            done = {(row["key"], row["method"]) for row in rows}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise TidalError(
                 f"{path}: expected rows of an earlier run, got a file that cannot be read "
@@ -62,8 +63,7 @@ class RowStore:
                 f"{path}: expected rows of this very run, found another run's, which differs in "
                 f"{', '.join(differs)}; pass --overwrite or another --output-dir"
             )
-        self.record, self.rows = found, lines[1:]
-        self._done = {(row["key"], row["method"]) for row in self.rows}
+        self.record, self.rows, self._done = found, rows, done
         if len(whole) < len(data):
             os.truncate(path, len(whole))
 
@@ -77,8 +77,15 @@ class RowStore:
         Errors: `TidalError` when the file cannot be written.
         """
         new = [row for row in rows if not self.has(row["key"], row["method"])]
+        try:
+            lines = [json.dumps(row, allow_nan=False) + "\n" for row in new]
+        except ValueError as error:
+            raise TidalError(
+                f"rows: expected finite numbers, got an infinite or undefined one ({error}); the "
+                "model gives logits that cannot be compared"
+            ) from error
         if self.path is not None:
-            _append(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in new))
+            _append(self.path, "".join(lines))
         self.rows += new
         self._done |= {(row["key"], row["method"]) for row in new}
 
