@@ -13,12 +13,12 @@ from tidaldecode.errors import TidalError
 CONFIG_FILE = "tidal_config.json"
 
 Granularity = Literal["shared", "kv_head", "query_head"]
-Score = Literal["softmax", "max", "logits"]
+Score = Literal["softmax", "logits"]
 Selector = Literal["attention", "page_bounds"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": ("shared", "kv_head", "query_head"),
-    "score": ("softmax", "max", "logits"),
+    "score": ("softmax", "logits"),
     "selector": ("attention", "page_bounds"),
     "mode": ("sparse",),
     "backend": ("auto", "torch", "triton"),
@@ -48,14 +48,8 @@ class TidalConfig:
     granularity: Granularity = "shared"
     """One set of tokens for all heads, one per KV head, or one per query head."""
     score: Score = "softmax"
-    """What ranks tokens, over the heads that share a set: the sum of their softmax probabilities, the
-    largest of them, or the sum of their raw logits."""
-    mass: float = 1.0
-    """Candidate: keep only the fewest of the selected tokens that hold this softmax mass."""
-    select_every: int = 1
-    """Candidate: steps between two selections; tokens decoded in between are added."""
-    head_map: str = ""
-    """Candidate: for every layer, ``.``-separated, the set that each of its KV heads reads."""
+    """What ranks tokens: softmax probability summed over the heads that share a set, or, with
+    ``query_head`` only, the raw logit."""
     selector: Selector = "attention"
     """Who picks the tokens: selection layers by their exact attention, or, as a baseline, every layer
     for itself by the bounds of its pages (Quest, arXiv 2406.10774); it then has no selection layers."""
@@ -85,7 +79,6 @@ class TidalConfig:
             ("sink_tokens", 0),
             ("recent_tokens", 0),
             ("page_tokens", 1),
-            ("select_every", 1),
         ):
             _check_whole_number(name, getattr(self, name), lowest)
         for name, choices in _CHOICES.items():
@@ -108,10 +101,12 @@ class TidalConfig:
                 f"budget: expected sink_tokens + recent_tokens + 1 = {forced} where no layer selects "
                 f"(nothing else is read), got {self.budget}; name select_layers or set budget={forced}"
             )
-        if not 0 < self.mass <= 1:
-            raise TidalError(f"mass: expected a share above 0 and up to 1, got {self.mass!r}")
-        if self.mass < 1 and self.score != "softmax":
-            raise TidalError(f"mass: expected score='softmax', got {self.score!r}")
+        if self.score == "logits" and self.granularity != "query_head":
+            raise TidalError(
+                "score: expected 'softmax' where heads share a set (logits of different heads are "
+                f"on different scales), got 'logits' with granularity={self.granularity!r}; "
+                "use granularity='query_head'"
+            )
 
     def _check_page_bounds(self) -> None:
         for name, wanted in (

@@ -33,9 +33,6 @@ class DecodeState:
     """``[B, max_blocks]`` int32 for a paged cache, or None."""
     on_scores: OnScores | None = field(default=None, init=False)
     """Sees the scores of every selection layer, for those who study them."""
-    kv_heads: int = field(default=0, init=False)
-    memory: dict[int, tuple[int, Selection]] | None = field(default=None, init=False)
-    """Age in steps and selection of every selection layer, where they outlive a step."""
     selection: Selection | None = field(default=None, init=False)
     """The last selection of this step."""
 
@@ -67,7 +64,6 @@ class DecodeState:
     def select(self, scores: torch.Tensor) -> None:
         """Replace the selection by the best tokens of ``scores [B, R, W]``."""
         config = self.config
-        scores = pool_scores(scores, config, self.kv_heads)
         self.selection = select_tokens(
             scores,
             self.seq_lens,
@@ -75,24 +71,8 @@ class DecodeState:
             sink_tokens=config.sink_tokens,
             recent_tokens=config.recent_tokens,
             starts=self.starts,
-            mass=config.mass,
             backend=config.backend,
         )
-
-    def reuse(self, layer: int) -> bool:
-        """Take up the layer's last selection, with the newest token added, if it is recent enough."""
-        memory, every = self.memory, self.config.select_every
-        if every == 1 or memory is None or layer not in memory:
-            return False
-        age, selection = memory[layer]
-        if age + 1 == every:
-            return False
-        newest = (self.seq_lens - 1)[:, None, None].expand(-1, selection.positions.shape[1], 1)
-        self.selection = Selection(
-            torch.cat([selection.positions, newest], dim=-1), selection.counts + 1
-        )
-        memory[layer] = (age + 1, self.selection)
-        return True
 
 
 def decode_attention(
@@ -130,9 +110,6 @@ def decode_attention(
                 backend=config.backend,
             )
         )
-    state.kv_heads = k.shape[1] if state.block_table is None else k.shape[2]
-    if role is Role.SELECT and state.reuse(layer):
-        role = Role.SPARSE
     if role in (Role.SPARSE, Role.ESTIMATE):
         if state.selection is None:
             raise TidalError(
@@ -143,7 +120,7 @@ def decode_attention(
             q,
             k,
             v,
-            _mapped(state.selection, config, layer),
+            state.selection,
             scale=scale,
             block_table=state.block_table,
             backend=config.backend,
@@ -164,29 +141,9 @@ def decode_attention(
         if state.on_scores is not None:
             state.on_scores(layer, scores)
         state.select(scores)
-        if state.memory is not None and state.selection is not None:
-            state.memory[layer] = (0, state.selection)
     return out
-
-
-def _mapped(selection: Selection, config: TidalConfig, layer: int) -> Selection:
-    if not config.head_map:
-        return selection
-    heads = [int(digit) for digit in config.head_map.split(".")[layer]]
-    return Selection(selection.positions[:, heads], selection.counts[:, heads])
-
-
-def pool_scores(scores: torch.Tensor, config: TidalConfig, kv_heads: int) -> torch.Tensor:
-    """Scores of sets from scores of query heads, where the kernel does not sum them itself."""
-    if config.score == "softmax" or config.granularity == "query_head":
-        return scores
-    sets = 1 if config.granularity == "shared" else kv_heads
-    grouped = scores.view(len(scores), sets, -1, scores.shape[2])
-    return grouped.amax(2) if config.score == "max" else grouped.sum(2)
 
 
 def score_kind(config: TidalConfig) -> ScoreKind:
     """The scores that `dense_decode` must emit for this configuration."""
-    if config.score == "softmax":
-        return config.granularity
-    return "query_head_logits" if config.score == "logits" else "query_head"
+    return "query_head_logits" if config.score == "logits" else config.granularity

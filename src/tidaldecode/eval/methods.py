@@ -88,9 +88,7 @@ def _value(name: str, text: str) -> Any:
     if name == "select_layers" and text != "auto":
         parts = text.split("+")
         return tuple(int(part) for part in parts) if all(map(str.isdecimal, parts)) else text
-    if name == "mass":
-        return float(text)
-    return int(text) if text.isdecimal() and name != "head_map" else text
+    return int(text) if text.isdecimal() else text
 
 
 def _label(options: dict[str, Any]) -> str:

@@ -35,7 +35,6 @@ def select_tokens(
     sink_tokens: int = 0,
     recent_tokens: int = 0,
     starts: torch.Tensor | None = None,
-    mass: float = 1.0,
     backend: str = "auto",
 ) -> Selection:
     """The ``budget`` best tokens of every set, sinks, recents and the newest token always among them.
@@ -48,8 +47,6 @@ def select_tokens(
         scores: ``[B, R, W]`` fp32, W >= max(seq_lens); values outside a row's range are ignored.
         seq_lens: ``[B]`` int32, end of each row; ``starts [B]`` int32 or None, its beginning.
         budget: tokens per set, N; at least ``sink_tokens + recent_tokens + 1``.
-        mass: below 1, of those only the fewest that hold this share of the (then non-negative) scores
-            are kept, and the forced ones.
 
     Errors: `TidalError` naming the argument that breaks the contract.
     """
@@ -72,17 +69,7 @@ def select_tokens(
     finite = scores.nan_to_num(nan=lowest, neginf=lowest)
     ranked = torch.where(valid, finite, -torch.inf).masked_fill_(forced & valid, torch.inf)
     kept = _keep_best(ranked, min(budget, width)) & valid
-    if mass < 1:
-        kept &= _heaviest(torch.where(kept, scores, 0), scores.clamp(min=0).sum(-1), mass) | forced
     return _compact(kept, budget)
-
-
-def _heaviest(scores: torch.Tensor, total: torch.Tensor, mass: float) -> torch.Tensor:
-    """The fewest tokens of ``[B, R, W]`` that hold ``mass`` of ``total [B, R]``, as a mask."""
-    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(-1) - ranked
-    needed = before < mass * total[..., None]
-    return torch.zeros_like(needed).scatter_(-1, order, needed)
 
 
 def _keep_best(ranked: torch.Tensor, budget: int) -> torch.Tensor:

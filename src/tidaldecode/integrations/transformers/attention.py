@@ -20,7 +20,6 @@ from tidaldecode.algorithm import DecodeState, LayerPlan, Role, decode_attention
 from tidaldecode.config import TidalConfig
 from tidaldecode.engine import OnScores
 from tidaldecode.errors import TidalError
-from tidaldecode.kernels import Selection
 
 NAME = "tidal"
 HOST = "sdpa"
@@ -42,7 +41,6 @@ class Forward:
     config: TidalConfig
     plan: LayerPlan
     on_scores: OnScores | None = None
-    memory: dict[int, tuple[int, Selection]] | None = None
     reached: bool = False
     """Whether any layer's attention came by."""
     fits: bool = False
@@ -57,13 +55,11 @@ class Forward:
             seq_lens = torch.full((batch,), length, dtype=torch.int32, device=key.device)
             self.state = DecodeState.begin(self.config, self.plan, seq_lens)
             self.state.on_scores = self.on_scores
-            self.state.memory = self.memory
             return
         starts, seq_lens = _ranges(mask, batch, length)
         self.fits = int((seq_lens - starts).max()) <= self.config.budget
         self.state = DecodeState.begin(self.config, self.plan, seq_lens, starts)
         self.state.on_scores = self.on_scores
-        self.state.memory = self.memory
 
 
 def tidal_attention_forward(

@@ -16,7 +16,6 @@ from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.attention import HOST, KEYWORD, NAME, Forward, register
 from tidaldecode.integrations.transformers.settings import resolve_settings
 from tidaldecode.integrations.transformers.support import inspect_model
-from tidaldecode.kernels import Selection
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +34,6 @@ class TidalHandle:
         self.config, self.plan, self.reason = resolve_settings(model, self.shape, config, overrides)
         self.on_scores: OnScores | None = None
         """If set, sees the token scores of every selection layer of every decode step."""
-        self._memory: dict[int, tuple[int, Selection]] = {}
         self._model, self._decoder = model, decoder
         self._previous = decoder.config._attn_implementation
         if self._previous != HOST:
@@ -98,10 +96,7 @@ class TidalHandle:
                 "output_attentions: expected False, since sparse layers never form the whole matrix "
                 "of attention weights, got True; call disable(model) to look at attention weights"
             )
-        return args, {
-            **kwargs,
-            KEYWORD: Forward(self.config, self.plan, self.on_scores, self._memory),
-        }
+        return args, {**kwargs, KEYWORD: Forward(self.config, self.plan, self.on_scores)}
 
     def _after(
         self,
