@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        print("tidaldecode: interrupted; an evaluation can be continued", file=sys.stderr)
+        print("tidaldecode: interrupted; nothing was left half-written", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
