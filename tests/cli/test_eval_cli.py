@@ -284,3 +284,17 @@ def test_a_killed_run_goes_on_and_ends_with_every_row_exactly_once(capsys, text,
     assert set(found) == {(key, name) for key in keys for name in ("dense", "tidal 64")}
     summary = json.loads((tmp_path / "needle.json").read_text())["summary"]
     assert [line["exact"]["n"] for line in summary] == [3, 3]
+
+
+def test_a_text_that_changed_is_another_run(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    command = ["eval", "perplexity", "--text", str(text), "--context", "64", "--new-tokens", "2",
+               "--samples", "1", "--method", "dense", "--no-plot",
+               "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    text.write_text("one line of text\n" * 200)
+    assert run(command) == 0
+    before = (tmp_path / "out" / "perplexity.jsonl").read_bytes()
+    text.write_text("another line of text\n" * 200)
+    assert run(command) == 2
+    assert "differs in text_sha256" in capsys.readouterr().err
+    assert (tmp_path / "out" / "perplexity.jsonl").read_bytes() == before

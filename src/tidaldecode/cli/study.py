@@ -43,6 +43,8 @@ class Study:
     overwrite: bool
     console: Console = field(default_factory=Console)
     store: RowStore | None = None
+    text_sha256: str = ""
+    """Digest of the text, so that a changed file is not taken for the same run."""
 
     @classmethod
     def open(
@@ -98,6 +100,7 @@ class Study:
         """The tokenised text of ``path``, or enough of the standard library."""
         characters = tokens * _CHARACTERS_PER_TOKEN * _SPARE_TEXT
         text = source_text(path, min(characters, 8_000_000), seed)
+        self.text_sha256 = hashlib.sha256(text.encode()).hexdigest()[:16]
         haystack = Haystack.from_text(text, self.encode, self.decode)
         if len(haystack.ids) <= tokens:
             raise TidalError(
@@ -116,6 +119,7 @@ class Study:
             model=_fingerprint(self.model),
             methods={m.name: m.config.to_dict() if m.config else None for m in self.methods},
             batch_size=batch_size,
+            text_sha256=self.text_sha256,
             **details,
         )
         path = self.folder / f"{self.name}.jsonl"
