@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tidaldecode.eval.haystack import standard_library_text
-from tidaldecode.eval.needle import Haystack, NeedleSample, make_sample
+from tidaldecode.eval.needle import Haystack, NeedleSample, NeedleShape, make_sample
 
 _HAYSTACK_CHARACTERS = 2_000_000
 
@@ -36,7 +36,7 @@ def needle_samples(
             tokenizer.encode,
             context_tokens=context,
             depth=(index + 0.5) / samples,
-            distractors=distractors,
+            shape=NeedleShape(distractors=distractors),
             rng=rng,
         )
         for index in range(samples)
@@ -56,8 +56,8 @@ def needle_accuracy(
     per_call = max(1, tokens_per_call // samples[0].total_tokens)
     for first in range(0, len(samples), per_call):
         chunk = samples[first : first + per_call]
-        rows = [s.context_ids + s.question_ids + s.answer_ids for s in chunk]
-        answers = torch.tensor([s.answer_ids for s in chunk], device=model.device)
+        rows = [s.context_ids + s.solved for s in chunk]
+        answers = torch.tensor([s.answers[0].ids for s in chunk], device=model.device)
         ids = torch.tensor(rows, device=model.device)
         logits = model(ids, logits_to_keep=answers.shape[1] + 1, use_cache=False).logits
         right += int((logits[:, :-1].argmax(-1) == answers).all(1).sum())

@@ -14,6 +14,7 @@ from tidaldecode.algorithm.calibration import (
     predicted_share,
     rank_correlation,
 )
+from tidaldecode.calibrate import MOST_LAYERS
 from tidaldecode.config import Granularity, TidalConfig
 from tidaldecode.errors import TidalError
 from tidaldecode.eval.divergence import Divergence, make_prompts
@@ -25,7 +26,6 @@ from tidaldecode.integrations.transformers.support import ModelShape, inspect_mo
 
 ENOUGH_KL = 0.005
 """KL in nats a token below which no further selection layer is tried unless asked for."""
-_MOST_LAYERS = 3
 _CHARACTERS_PER_TOKEN = 32
 """Of text that is read for one token of a prompt: several prompts from different places."""
 
@@ -127,7 +127,7 @@ def calibrate_model(
         search.run(request.count)
         best = search.best[request.count]
     else:
-        best = search.run(min(_MOST_LAYERS, len(candidates)), ENOUGH_KL)
+        best = search.run(min(MOST_LAYERS, len(candidates)), ENOUGH_KL)
     default, reason = fallback_layers(model, shape, base.dense_layers)
     search.loss(default)
     every = base.replace(select_layers=candidates)
@@ -156,7 +156,7 @@ def most_passes(model: Any, count: int | None) -> int:
     """An upper bound of the decode passes of a calibration, for a progress bar."""
     _, shape = inspect_model(model)
     candidates = len(_candidates(shape, TidalConfig().dense_layers))
-    sizes = range(1, (count or _MOST_LAYERS) + 1)
+    sizes = range(1, (count or MOST_LAYERS) + 1)
     per_size = [1 if n == 1 else (candidates - n + 1) * max(1, n - 1) for n in sizes]
     return sum(per_size) + 1
 

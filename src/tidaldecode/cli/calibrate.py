@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tidaldecode.calibrate import MOST_LAYERS
 from tidaldecode.cli.common import (
     DeviceOption,
     DtypeOption,
@@ -19,8 +20,6 @@ from tidaldecode.cli.common import (
     rows_progress,
 )
 from tidaldecode.errors import TidalError
-
-MOST_LAYERS = 4
 
 
 def calibrate(
@@ -34,12 +33,12 @@ def calibrate(
         typer.Option(
             min=1,
             max=MOST_LAYERS,
-            help="Selection layers; default: as few as suffice, up to 3.",
+            help=f"Selection layers; default: as few as suffice, up to {MOST_LAYERS}.",
         ),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 8192,
-    needles: Annotated[int, typer.Option(min=0, help="Prompts that ask for a needle.")] = 6,
-    passages: Annotated[int, typer.Option(min=0, help="Prompts of plain text.")] = 2,
+    needles: Annotated[int, typer.Option(min=0, help="Prompts that ask for a needle.")] = 8,
+    passages: Annotated[int, typer.Option(min=0, help="Prompts of plain text.")] = 4,
     text: Annotated[
         Path | None,
         typer.Option(help="A UTF-8 text file; default: this Python's standard library."),
