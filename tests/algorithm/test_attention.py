@@ -229,7 +229,8 @@ def test_a_layer_of_the_hosts_is_refused():
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_the_configured_backend_reaches_the_kernels(layer):
+def test_the_configured_backend_reaches_the_kernels(layer, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     stack = make_stack()
     caches = make_caches(stack)
     state = begin(stack, caches, SMALL)
@@ -239,7 +240,8 @@ def test_the_configured_backend_reaches_the_kernels(layer):
         attend(stack[layer], caches[layer], layer, PLAN, state)
 
 
-def test_the_configured_backend_reaches_the_selection():
+def test_the_configured_backend_reaches_the_selection(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = TidalConfig.preset("streaming", budget=12, backend="triton")
     plan = LayerPlan.build(LAYERS, dense_layers=0, select_layers=())
     stack = make_stack()

@@ -1,6 +1,7 @@
 """Attention as the formula says it, in any precision, and the rule by which a kernel equals it."""
 
 import torch
+from kernel_cases import Case
 
 
 def attention(
@@ -63,6 +64,33 @@ def assert_attends_exactly(
     assert (lse_error <= rounding + 4e-7 * exact_lse[~empty].abs()).all(), (
         f"lse: off by {lse_error.amax():.3g}"
     )
+
+
+def assert_scores_are_exact(scores: torch.Tensor, case: Case, kind: str) -> None:
+    """Hold token scores of one kind against fp64; outside a row's range they must be -inf."""
+    _, kv_heads, tokens, _ = case.k.shape
+    _, lse, logits = attention(case.q, case.k, case.v, case.keep, case.scale)
+    rounding = 2 * logit_rounding(case.q, case.k, case.scale)
+    if kind == "query_head_logits":
+        expected, allowed = logits, rounding
+    else:
+        probability = torch.where(case.keep, (logits - lse[..., None]).exp(), 0)
+        expected = {
+            "query_head": probability,
+            "kv_head": probability.unflatten(1, (kv_heads, -1)).sum(2),
+            "shared": probability.sum(1, keepdim=True),
+        }[kind]
+        allowed = rounding * expected + 1e-30
+    assert scores.dtype == torch.float32
+    width = scores.shape[-1]
+    assert scores.shape[:2] == expected.shape[:2]
+    assert case.seq_lens.max() <= width <= tokens
+    valid = case.valid[:, None].expand_as(expected)
+    assert scores[~valid[..., :width]].isneginf().all()
+    difference = (scores.double() - expected[..., :width]).abs()
+    assert (difference <= allowed[..., :width] if allowed.dim() else difference <= allowed)[
+        valid[..., :width]
+    ].all()
 
 
 def logit_rounding(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tidaldecode.errors import TidalError
-from tidaldecode.kernels import Selection, dense_decode, select_tokens, sparse_decode
+from tidaldecode.kernels import Selection, dense_decode, dispatch, select_tokens, sparse_decode
+from tidaldecode.kernels.dispatch import resolve_backend
 
 INT32 = torch.int32
 BATCH, QUERY_HEADS, KV_HEADS, TOKENS, HEAD_DIM = 2, 6, 2, 8, 16
@@ -142,7 +143,7 @@ def test_seq_lens_on_another_device_are_refused():
 
 @pytest.mark.parametrize("scores", ["head", "", True, "Shared"])
 def test_an_unknown_score_kind_is_refused(scores):
-    with pytest.raises(TidalError, match=r"^scores: expected None or one of shared, kv_head, "):
+    with pytest.raises(TidalError, match=r"^scores: expected one of shared, kv_head, "):
         dense(**arguments(), scores=scores)
 
 
@@ -167,11 +168,45 @@ def test_an_unknown_backend_is_refused_wherever_it_is_asked_for(any_kernel, back
 
 
 def test_the_triton_backend_is_refused_and_never_replaced_in_silence(any_kernel, monkeypatch):
-    with pytest.raises(TidalError, match=r"^backend: the Triton kernels are not part of this"):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    expected = "the Triton kernels expect tensors on a GPU, got cpu"
+    with pytest.raises(TidalError, match=f"^backend: {expected}"):
         any_kernel(**arguments(), backend="triton")
     monkeypatch.setenv("TIDALDECODE_BACKEND", "triton")
-    with pytest.raises(TidalError, match=r"^TIDALDECODE_BACKEND: the Triton kernels are not part"):
+    with pytest.raises(TidalError, match=f"^TIDALDECODE_BACKEND: {expected}"):
         any_kernel(**arguments(), backend="auto")
+
+
+@pytest.mark.parametrize(
+    "device, options, expected",
+    [
+        ("cuda", {"head_dim": 320}, "a head dimension up to 256, got 320"),
+        ("cuda", {"group": 71}, "up to 64 query heads per KV head, got 71"),
+        ("cuda", {"twin": False}, "no twin"),
+        ("cpu", {"dtype": torch.bfloat16}, "cannot multiply bfloat16"),
+    ],
+)
+def test_what_triton_cannot_run_is_refused_if_asked_for_and_left_to_torch_if_not(
+    device, options, expected, monkeypatch
+):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(TidalError, match=f"^backend: .*{expected}"):
+        resolve_backend("triton", torch.device(device), **options)
+    assert resolve_backend("auto", torch.device(device), **options) == "torch"
+
+
+def test_a_missing_triton_package_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    with pytest.raises(TidalError, match=r"^backend: .* triton package, which is not installed"):
+        resolve_backend("triton", torch.device("cuda"))
+    assert resolve_backend("auto", torch.device("cuda")) == "torch"
+
+
+def test_a_gpu_gets_triton_and_a_cpu_torch_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    assert resolve_backend("auto", torch.device("cuda")) == "triton"
+    assert resolve_backend("auto", torch.device("cpu")) == "torch"
+    assert resolve_backend("torch", torch.device("cuda")) == "torch"
 
 
 def test_the_backend_argument_overrides_the_environment(any_kernel, monkeypatch):

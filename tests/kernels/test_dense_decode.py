@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import LAYOUTS, Case, cases, make_case
-from reference_attention import assert_attends_exactly, attention, logit_rounding
+from reference_attention import assert_attends_exactly, assert_scores_are_exact, attention
 
 from tidaldecode.kernels import dense_decode
 
@@ -45,33 +45,7 @@ def check(case: Case, kind: str | None = None) -> None:
     if kind is None:
         assert scores is None
     else:
-        check_scores(scores, case, kind)
-
-
-def check_scores(scores: torch.Tensor, case: Case, kind: str) -> None:
-    _, kv_heads, tokens, _ = case.k.shape
-    _, lse, logits = attention(case.q, case.k, case.v, case.keep, case.scale)
-    rounding = 2 * logit_rounding(case.q, case.k, case.scale)
-    if kind == "query_head_logits":
-        expected, allowed = logits, rounding
-    else:
-        probability = torch.where(case.keep, (logits - lse[..., None]).exp(), 0)
-        expected = {
-            "query_head": probability,
-            "kv_head": probability.unflatten(1, (kv_heads, -1)).sum(2),
-            "shared": probability.sum(1, keepdim=True),
-        }[kind]
-        allowed = rounding * expected + 1e-30
-    assert scores.dtype == torch.float32
-    width = scores.shape[-1]
-    assert scores.shape[:2] == expected.shape[:2]
-    assert case.seq_lens.max() <= width <= tokens
-    valid = case.valid[:, None].expand_as(expected)
-    assert scores[~valid[..., :width]].isneginf().all()
-    difference = (scores.double() - expected[..., :width]).abs()
-    assert (difference <= allowed[..., :width] if allowed.dim() else difference <= allowed)[
-        valid[..., :width]
-    ].all()
+        assert_scores_are_exact(scores, case, kind)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)

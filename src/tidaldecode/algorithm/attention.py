@@ -14,10 +14,12 @@ from tidaldecode.kernels import (
     ScoreKind,
     Selection,
     dense_decode,
+    dense_select,
     page_bound_scores,
     select_tokens,
     sparse_decode,
 )
+from tidaldecode.kernels.scratch import Scratch
 
 
 @dataclass
@@ -35,6 +37,8 @@ class DecodeState:
     """Sees the scores of every selection layer, for those who study them."""
     selection: Selection | None = field(default=None, init=False)
     """The last selection of this step."""
+    scratch: Scratch = field(default_factory=Scratch, init=False)
+    """What the kernels of this step share."""
 
     @classmethod
     def begin(
@@ -72,6 +76,7 @@ class DecodeState:
             recent_tokens=config.recent_tokens,
             starts=self.starts,
             backend=config.backend,
+            scratch=self.scratch,
         )
 
 
@@ -126,6 +131,23 @@ def decode_attention(
             backend=config.backend,
         )
         return out
+    if role is Role.SELECT and state.on_scores is None:
+        out, _, state.selection = dense_select(
+            q,
+            k,
+            v,
+            state.seq_lens,
+            scale=scale,
+            scores=score_kind(config),
+            budget=config.budget,
+            sink_tokens=config.sink_tokens,
+            recent_tokens=config.recent_tokens,
+            starts=state.starts,
+            block_table=state.block_table,
+            backend=config.backend,
+            scratch=state.scratch,
+        )
+        return out
     out, _, scores = dense_decode(
         q,
         k,
@@ -137,9 +159,8 @@ def decode_attention(
         scores=score_kind(config) if role is Role.SELECT else None,
         backend=config.backend,
     )
-    if scores is not None:
-        if state.on_scores is not None:
-            state.on_scores(layer, scores)
+    if scores is not None and state.on_scores is not None:
+        state.on_scores(layer, scores)
         state.select(scores)
     return out
 

@@ -79,8 +79,9 @@ def _machine() -> Table:
     table.add_row("python", platform.python_version())
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *devices]))
+    device = torch.device("cuda" if devices else "cpu")
     chosen = os.environ.get(ENVIRONMENT_VARIABLE, "unset")
-    table.add_row("backend", f"{resolve_backend()} ({ENVIRONMENT_VARIABLE} {chosen})")
+    table.add_row("backend", f"{resolve_backend('auto', device)} ({ENVIRONMENT_VARIABLE} {chosen})")
     return table
 
 

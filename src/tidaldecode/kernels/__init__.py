@@ -16,7 +16,9 @@ The contract that the kernels share (checked once, in `tidaldecode.kernels.contr
 - Outputs: ``out [B, Hq, D]`` in q's dtype, ``lse [B, Hq]`` fp32 (natural logarithm).
 """
 
-from tidaldecode.kernels.dense_decode import ScoreKind, dense_decode
+from tidaldecode.kernels.contract import ScoreKind
+from tidaldecode.kernels.dense_decode import dense_decode
+from tidaldecode.kernels.dense_select import dense_select
 from tidaldecode.kernels.page_bounds import page_bound_scores
 from tidaldecode.kernels.select_tokens import Selection, select_tokens
 from tidaldecode.kernels.sparse_decode import sparse_decode
@@ -25,6 +27,7 @@ __all__ = [
     "ScoreKind",
     "Selection",
     "dense_decode",
+    "dense_select",
     "page_bound_scores",
     "select_tokens",
     "sparse_decode",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from tidaldecode.errors import TidalError, check_tensor
 
+ScoreKind = Literal["shared", "kv_head", "query_head", "query_head_logits"]
+SCORE_KINDS: tuple[ScoreKind, ...] = ("shared", "kv_head", "query_head", "query_head_logits")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,25 +43,43 @@ def check_attention_inputs(
     return kv_heads
 
 
+def check_score_kind(scores: str, kv_heads: int, query_heads: int) -> int:
+    """The number of sets per sequence, R, that a kind of scores has. Errors: `TidalError`."""
+    if scores not in SCORE_KINDS:
+        raise TidalError(f"scores: expected one of {', '.join(SCORE_KINDS)}, got {scores!r}")
+    return {"shared": 1, "kv_head": kv_heads}.get(scores, query_heads)
+
+
+def check_budget(budget: int, sink_tokens: int, recent_tokens: int) -> None:
+    """Check that the tokens that are always selected fit. Errors: `TidalError`."""
+    if min(sink_tokens, recent_tokens) < 0 or budget < sink_tokens + recent_tokens + 1:
+        raise TidalError(
+            "budget: expected at least sink_tokens + recent_tokens + 1 = "
+            f"{sink_tokens + recent_tokens + 1} tokens, got {budget}"
+        )
+
+
+def check_rows(
+    seq_lens: torch.Tensor, starts: torch.Tensor | None, batch: int, device: torch.device
+) -> None:
+    """Check the tensors that say where rows begin and end; their values stay on the device.
+
+    Errors: `TidalError` naming the argument, what was expected and what was found.
+    """
+    check_tensor("seq_lens", seq_lens, (batch,), dtypes=(torch.int32,), device=device)
+    if starts is not None:
+        check_tensor("starts", starts, (batch,), dtypes=(torch.int32,), device=device)
+
+
 def row_ranges(
-    seq_lens: torch.Tensor,
-    starts: torch.Tensor | None,
-    batch: int,
-    capacity: int,
-    *,
-    device: torch.device,
+    seq_lens: torch.Tensor, starts: torch.Tensor | None, batch: int, capacity: int
 ) -> list[tuple[int, int]]:
     """``(start, end)`` of every row on the host. A CUDA tensor synchronises here.
 
-    Errors: `TidalError` for wrong shapes, and for an end beyond ``capacity`` or before the start.
+    Errors: `TidalError` for an end beyond ``capacity`` or before the start.
     """
-    check_tensor("seq_lens", seq_lens, (batch,), dtypes=(torch.int32,), device=device)
     ends = seq_lens.tolist()
-    if starts is None:
-        begins = [0] * batch
-    else:
-        check_tensor("starts", starts, (batch,), dtypes=(torch.int32,), device=device)
-        begins = starts.tolist()
+    begins = [0] * batch if starts is None else starts.tolist()
     for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         if not 0 <= begin <= end <= capacity:
             raise TidalError(

@@ -8,17 +8,18 @@ heads of a KV head in one product (KV heads are never repeated) and an online so
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 
-from tidaldecode.errors import TidalError
 from tidaldecode.kernels import layout
-from tidaldecode.kernels.contract import check_attention_inputs, row_ranges
+from tidaldecode.kernels.contract import (
+    ScoreKind,
+    check_attention_inputs,
+    check_rows,
+    check_score_kind,
+    row_ranges,
+)
 from tidaldecode.kernels.dispatch import resolve_backend
-
-ScoreKind = Literal["shared", "kv_head", "query_head", "query_head_logits"]
-SCORE_KINDS: tuple[ScoreKind, ...] = ("shared", "kv_head", "query_head", "query_head_logits")
 
 _CHUNK_LOGITS = 1 << 19
 """Logits of one chunk: two megabytes."""
@@ -51,20 +52,33 @@ def dense_decode(
     Errors: `TidalError` naming the argument that breaks the contract.
     """
     kv_heads = check_attention_inputs(q, k, v, block_table)
-    if scores is not None and scores not in SCORE_KINDS:
-        raise TidalError(
-            f"scores: expected None or one of {', '.join(SCORE_KINDS)}, got {scores!r}"
-        )
-    resolve_backend(backend)
     batch, query_heads, head_dim = q.shape
-    capacity = layout.capacity(k, block_table)
-    ranges = row_ranges(seq_lens, starts, batch, capacity, device=q.device)
+    check_rows(seq_lens, starts, batch, q.device)
+    sets = 0 if scores is None else check_score_kind(scores, kv_heads, query_heads)
+    group = query_heads // kv_heads
+    if (
+        resolve_backend(backend, q.device, dtype=q.dtype, head_dim=head_dim, group=group)
+        == "triton"
+    ):
+        from tidaldecode.kernels.triton import dense_decode as twin
+
+        return twin.dense_decode(
+            q,
+            k,
+            v,
+            seq_lens,
+            scale=scale,
+            starts=starts,
+            block_table=block_table,
+            scores=scores,
+            sets=sets,
+        )
+    ranges = row_ranges(seq_lens, starts, batch, layout.capacity(k, block_table))
 
     out = torch.zeros_like(q, dtype=torch.float32)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
     token_scores = None
     if scores is not None:
-        sets = {"shared": 1, "kv_head": kv_heads}.get(scores, query_heads)
         width = max((end for _, end in ranges), default=0)
         token_scores = torch.full((batch, sets, width), -torch.inf, device=q.device)
     grouped = (q.float() * scale).reshape(batch, kv_heads, query_heads // kv_heads, head_dim)

@@ -5,18 +5,36 @@ A backend that was asked for and cannot run raises; nothing falls back in silenc
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+
+import torch
 
 from tidaldecode.errors import TidalError
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "TIDALDECODE_BACKEND"
+_INTERPRET = "TRITON_INTERPRET"
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64
 
 
-def resolve_backend(requested: str = "auto") -> str:
-    """The backend to run: ``"torch"``.
+def resolve_backend(
+    requested: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 0,
+    group: int = 1,
+    twin: bool = True,
+) -> str:
+    """The backend to run on ``device``: ``"torch"`` or ``"triton"``.
 
-    Errors: `TidalError` for an unknown name and for ``"triton"``, which this version does not have.
+    ``"auto"`` is Triton on a GPU that has it, for head dimensions and group sizes that its kernels
+    hold (256 and 64); PyTorch elsewhere, and for a kernel that has no ``twin`` in Triton.
+
+    Errors: `TidalError` for an unknown name, and for ``"triton"`` where it cannot run.
     """
     source = "backend"
     if requested == "auto":
@@ -24,8 +42,35 @@ def resolve_backend(requested: str = "auto") -> str:
         source = ENVIRONMENT_VARIABLE
     if requested not in BACKENDS:
         raise TidalError(f"{source}: expected one of {', '.join(BACKENDS)}, got {requested!r}")
-    if requested == "triton":
-        raise TidalError(
-            f"{source}: the Triton kernels are not part of this version; use 'torch' or 'auto'"
-        )
-    return "torch"
+    if requested == "torch" or (requested == "auto" and device.type != "cuda"):
+        return "torch"
+    obstacle = (
+        _triton_obstacle(device, dtype, head_dim, group)
+        if twin
+        else "the Triton kernels have no twin of this one"
+    )
+    if requested == "triton" and obstacle:
+        raise TidalError(f"{source}: {obstacle}; use 'torch' or 'auto'")
+    return "torch" if obstacle else "triton"
+
+
+def _triton_obstacle(
+    device: torch.device, dtype: torch.dtype, head_dim: int, group: int
+) -> str | None:
+    """Why the Triton kernels cannot run, or None."""
+    if device.type != "cuda" and os.environ.get(_INTERPRET) != "1":
+        return f"the Triton kernels expect tensors on a GPU, got {device} (or set {_INTERPRET}=1)"
+    if device.type != "cuda" and dtype is torch.bfloat16:
+        return "Triton's interpreter cannot multiply bfloat16"
+    if not _has_triton():
+        return "the Triton kernels expect the triton package, which is not installed"
+    if head_dim > MAX_HEAD_DIM:
+        return f"the Triton kernels expect a head dimension up to {MAX_HEAD_DIM}, got {head_dim}"
+    if group > MAX_GROUP:
+        return f"the Triton kernels expect up to {MAX_GROUP} query heads per KV head, got {group}"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

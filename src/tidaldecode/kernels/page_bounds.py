@@ -11,7 +11,7 @@ import torch
 
 from tidaldecode.errors import TidalError
 from tidaldecode.kernels import layout
-from tidaldecode.kernels.contract import check_attention_inputs, row_ranges
+from tidaldecode.kernels.contract import check_attention_inputs, check_rows, row_ranges
 from tidaldecode.kernels.dispatch import resolve_backend
 
 
@@ -37,9 +37,10 @@ def page_bound_scores(
     kv_heads = check_attention_inputs(q, k, v, block_table)
     if page_tokens < 1:
         raise TidalError(f"page_tokens: expected a number from 1 up, got {page_tokens}")
-    resolve_backend(backend)
+    resolve_backend(backend, q.device, twin=False)
+    check_rows(seq_lens, starts, len(q), q.device)
     batch, query_heads, head_dim = q.shape
-    ranges = row_ranges(seq_lens, starts, batch, layout.capacity(k, block_table), device=q.device)
+    ranges = row_ranges(seq_lens, starts, batch, layout.capacity(k, block_table))
     width = max((end for _, end in ranges), default=0)
     scores = torch.full((batch, query_heads, width), -torch.inf, device=q.device)
     grouped = (q.float() * scale).reshape(batch, kv_heads, query_heads // kv_heads, head_dim)

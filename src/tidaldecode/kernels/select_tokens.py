@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tidaldecode.errors import TidalError, check_tensor
-from tidaldecode.kernels.contract import row_ranges
+from tidaldecode.errors import check_tensor
+from tidaldecode.kernels.contract import check_budget, check_rows, row_ranges
 from tidaldecode.kernels.dispatch import resolve_backend
+from tidaldecode.kernels.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def select_tokens(
     recent_tokens: int = 0,
     starts: torch.Tensor | None = None,
     backend: str = "auto",
+    scratch: Scratch | None = None,
 ) -> Selection:
     """The ``budget`` best tokens of every set, sinks, recents and the newest token always among them.
 
@@ -47,19 +49,27 @@ def select_tokens(
         scores: ``[B, R, W]`` fp32, W >= max(seq_lens); values outside a row's range are ignored.
         seq_lens: ``[B]`` int32, end of each row; ``starts [B]`` int32 or None, its beginning.
         budget: tokens per set, N; at least ``sink_tokens + recent_tokens + 1``.
+        scratch: memory that calls of one stream may share.
 
     Errors: `TidalError` naming the argument that breaks the contract.
     """
     check_tensor("scores", scores, (None,) * 3, dtypes=(torch.float32,), device=scores.device)
     batch, _, width = scores.shape
-    row_ranges(seq_lens, starts, batch, width, device=scores.device)
-    if min(sink_tokens, recent_tokens) < 0 or budget < sink_tokens + recent_tokens + 1:
-        raise TidalError(
-            "budget: expected at least sink_tokens + recent_tokens + 1 = "
-            f"{sink_tokens + recent_tokens + 1} tokens, got {budget}"
-        )
-    resolve_backend(backend)
+    check_rows(seq_lens, starts, batch, scores.device)
+    check_budget(budget, sink_tokens, recent_tokens)
+    if resolve_backend(backend, scores.device) == "triton":
+        from tidaldecode.kernels.triton import select_tokens as twin
 
+        return twin.select_tokens(
+            scores,
+            seq_lens,
+            budget=budget,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens,
+            starts=starts,
+            scratch=scratch or Scratch(),
+        )
+    row_ranges(seq_lens, starts, batch, width)
     ends = seq_lens.long()[:, None, None]
     begins = torch.zeros_like(ends) if starts is None else starts.long()[:, None, None]
     positions = torch.arange(width, device=scores.device)

@@ -52,8 +52,21 @@ def sparse_decode(
         raise TidalError(
             f"selection: expected 1, Hkv={kv_heads} or Hq={query_heads} sets per sequence, got {sets}"
         )
-    resolve_backend(backend)
+    group = query_heads // max(sets, kv_heads)
+    if (
+        resolve_backend(backend, q.device, dtype=q.dtype, head_dim=head_dim, group=group)
+        == "triton"
+    ):
+        from tidaldecode.kernels.triton import sparse_decode as twin
 
+        return twin.sparse_decode(
+            q,
+            k,
+            v,
+            selection,
+            scale=scale,
+            block_table=block_table,
+        )
     out = torch.zeros_like(q, dtype=torch.float32)
     lse = torch.full((batch, query_heads), -torch.inf, dtype=torch.float32, device=q.device)
     grouped = (q.float() * scale).reshape(

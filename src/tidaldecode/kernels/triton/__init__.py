@@ -1,0 +1,1 @@
+"""The kernels' Triton twins, under the same names; imported only once dispatch has chosen them."""

@@ -1,0 +1,164 @@
+"""Split-K: several programs share one head's tokens, and a second launch merges what they found.
+
+Flash-Decoding's scheme. Merging in the last program to finish saves a launch, but made short splits
+slower: one program per KV head then merges what otherwise one per query head does. Logits are in
+units of log 2 throughout (exp2 is what the hardware has).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOG2E = 1.4426950408889634
+
+_MERGED_SPLITS = 32
+"""Partial outputs that a merge holds in registers at a time."""
+
+
+@triton.jit
+def add_weighted(acc, weight, value):
+    """``acc + weight @ value`` to fp32's accuracy: half-precision values meet weights in two parts."""
+    high = weight.to(value.dtype)
+    acc = tl.dot(high, value, acc, input_precision="ieee")
+    if value.dtype != tl.float32:
+        low = (weight - high.to(tl.float32)).to(value.dtype)
+        acc = tl.dot(low, value, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def store_split(
+    acc, peak, total, split, first_query, part_out, part_lse, out, lse,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):  # fmt: skip
+    """Store what one split found, or the result itself if it is the only split.
+
+    ``acc [ROWS, DP]`` unnormalised, ``peak, total [ROWS]``; ``first_query`` numbers the group's first
+    query head over the batch. Parts: ``part_out [B * Hq, SPLITS, D]``, ``part_lse [B * Hq, SPLITS]``.
+    """
+    group = tl.arange(0, ROWS)
+    channel = tl.arange(0, DP)
+    kept = group < GROUP
+    inside = kept[:, None] & (channel < D)[None, :]
+    full = total > 0
+    normal = acc / tl.where(full, total, 1.0)[:, None]
+    lse2 = tl.where(full, peak + tl.log2(tl.where(full, total, 1.0)), float("-inf"))
+    query = (first_query + group).to(tl.int64)
+    if SPLITS == 1:
+        target = out + query[:, None] * D + channel[None, :]
+        tl.store(target, normal.to(out.dtype.element_ty), mask=inside)
+        tl.store(lse + query, lse2 * LN2, mask=kept)
+    else:
+        slot = query * SPLITS + split
+        tl.store(part_out + slot[:, None] * D + channel[None, :], normal, mask=inside)
+        tl.store(part_lse + slot, lse2, mask=kept)
+
+
+@triton.jit
+def store_nothing(
+    split, first_query, part_lse, SPLITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr
+):
+    """Mark a split that has no tokens; its part of the output is never read."""
+    group = tl.arange(0, ROWS)
+    slot = (first_query + group).to(tl.int64) * SPLITS + split
+    tl.store(part_lse + slot, tl.full([ROWS], float("-inf"), tl.float32), mask=group < GROUP)
+
+
+@triton.jit
+def _merge_kernel(
+    part_out, part_lse, out, lse,
+    SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(B * Hq,)``: merges the splits of one query head."""
+    query = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, DP)
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([DP], tl.float32)
+    for first in tl.static_range(0, SPLITS, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
+        slot = query * SPLITS + split
+        part = tl.load(part_lse + slot, mask=split < SPLITS, other=float("-inf"))
+        there = part > float("-inf")
+        new_peak = tl.maximum(peak, tl.max(part, 0))
+        safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2(part - safe_peak)
+        old = tl.exp2(peak - safe_peak)
+        values = tl.load(
+            part_out + slot[:, None] * D + channel[None, :],
+            mask=there[:, None] & (channel < D)[None, :],
+            other=0.0,
+        )
+        acc = acc * old + tl.sum(values * weight[:, None], 0)
+        total = total * old + tl.sum(weight, 0)
+        peak = new_peak
+    full = total > 0
+    safe = tl.where(full, total, 1.0)
+    tl.store(out + query * D + channel, (acc / safe).to(out.dtype.element_ty), mask=channel < D)
+    one = tl.arange(0, 1)
+    tl.store(lse + query + one, tl.where(full, (peak + tl.log2(safe)) * LN2, float("-inf")))
+
+
+@dataclass(frozen=True)
+class SplitOutputs:
+    """Results of a split-K kernel, and the parts that they are merged from."""
+
+    out: torch.Tensor
+    """``[B, Hq, D]`` in q's dtype."""
+    lse: torch.Tensor
+    """``[B, Hq]`` fp32."""
+    part_out: torch.Tensor
+    part_lse: torch.Tensor
+    splits: int
+
+    @classmethod
+    def make(cls, q: torch.Tensor, splits: int) -> SplitOutputs:
+        """Uninitialised memory for queries ``[B, Hq, D]``."""
+        batch, heads, head_dim = q.shape
+        parts = batch * heads * splits if splits > 1 else 0
+        memory = torch.empty(parts * (head_dim + 1), dtype=torch.float32, device=q.device)
+        return cls(
+            torch.empty(q.shape, dtype=q.dtype, device=q.device),
+            torch.empty((batch, heads), dtype=torch.float32, device=q.device),
+            memory[: parts * head_dim],
+            memory[parts * head_dim :],
+            splits,
+        )
+
+    def merge(self) -> None:
+        """Merge the parts, if there are any."""
+        if self.splits == 1:
+            return
+        head_dim = self.out.shape[-1]
+        _merge_kernel[(self.lse.numel(),)](
+            self.part_out, self.part_lse, self.out, self.lse,
+            SPLITS=self.splits,
+            AT_ONCE=min(_MERGED_SPLITS, triton.next_power_of_2(self.splits)),
+            D=head_dim,
+            DP=triton.next_power_of_2(head_dim),
+            num_warps=4,
+        )  # fmt: skip
+
+
+def split_count(heads: int, most: int, device: torch.device, per_processor: int = 1) -> int:
+    """Splits of each of ``heads`` (over the batch), at most ``most``, that just fill the device."""
+    return max(1, min(most, per_processor * processors(device) // max(heads, 1)))
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a handful where the kernels are interpreted."""
+    if device.type != "cuda":
+        return 12
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,57 @@
+"""dense_select in Triton: attention keeps its logits, and their scores are counted as they are made."""
+
+from __future__ import annotations
+
+import torch
+
+from tidaldecode.kernels.scratch import Scratch
+from tidaldecode.kernels.select_tokens import Selection
+from tidaldecode.kernels.triton.dense_decode import attend
+from tidaldecode.kernels.triton.score_tokens import score_tokens
+from tidaldecode.kernels.triton.select_tokens import SelectionBuffers, select_tokens
+
+
+def dense_select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    sets: int,
+    softmax: bool,
+    budget: int,
+    sink_tokens: int,
+    recent_tokens: int,
+    starts: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    scratch: Scratch,
+) -> tuple[torch.Tensor, torch.Tensor, Selection]:
+    """Twin of `tidaldecode.kernels.dense_select`."""
+    out, lse, logits = attend(
+        q, k, v, seq_lens, scale=scale, starts=starts, block_table=block_table, keep_logits=True
+    )
+    assert logits is not None
+    buffers = SelectionBuffers.make(len(q) * sets, logits.shape[2], budget, scratch, q.device)
+    scores = score_tokens(
+        logits,
+        lse,
+        seq_lens,
+        sets=sets,
+        softmax=softmax,
+        starts=starts,
+        selection=buffers,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+    )
+    selection = select_tokens(
+        scores,
+        seq_lens,
+        budget=budget,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+        starts=starts,
+        scratch=scratch,
+        counted=buffers,
+    )
+    return out, lse, selection

@@ -1,0 +1,153 @@
+"""sparse_decode in Triton: split-K over the selected tokens, gathered by position."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tidaldecode.kernels import layout
+from tidaldecode.kernels.select_tokens import Selection
+from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
+from tidaldecode.kernels.triton._splitk import (
+    LOG2E,
+    SplitOutputs,
+    add_weighted,
+    split_count,
+    store_nothing,
+    store_split,
+)
+
+
+@triton.jit
+def _sparse_kernel(
+    q, k, v, positions, counts, block_table, out, lse, part_out, part_lse,
+    scale, table_stride, block_size, capacity, kv_heads,
+    q_row, q_head, q_channel,
+    k_row, k_head, k_token, k_channel,
+    v_row, v_head, v_token, v_channel,
+    p_row, p_set, p_token, c_row, c_set,
+    PAGED: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHARED_SET: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(SPLITS, H, B)``, H = max(R, Hkv): one program, one stretch of one head's selection."""
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    kv_head = head // (heads // kv_heads)
+    chosen_set = 0 if SHARED_SET else head
+    count = tl.load(counts + row * c_row + chosen_set * c_set)
+    stretch = tl.cdiv(tl.cdiv(count, BLOCK), SPLITS) * BLOCK
+    lowest = split * stretch
+    highest = tl.minimum(lowest + stretch, count)
+    first_query = (row * heads + head) * GROUP
+    if (SPLITS > 1) & (lowest >= highest):
+        store_nothing(split, first_query, part_lse, SPLITS, GROUP, ROWS)
+    else:
+        group = tl.arange(0, ROWS)
+        channel = tl.arange(0, DP)
+        q_offsets = row.to(tl.int64) * q_row + (head * GROUP + group)[:, None] * q_head
+        query = tl.load(
+            q + q_offsets + channel[None, :] * q_channel,
+            mask=(group < GROUP)[:, None] & (channel < D)[None, :],
+            other=0.0,
+        )
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DP], tl.float32)
+        chosen = positions + row.to(tl.int64) * p_row + chosen_set * p_set
+        for first in range(lowest, highest, BLOCK):
+            slot = first + tl.arange(0, BLOCK)
+            token = tl.load(chosen + slot * p_token, mask=slot < highest, other=-1)
+            there = (token >= 0) & (token < capacity)
+            inside = there[:, None] & (channel < D)[None, :]
+            at = token_offsets(
+                token, row, kv_head, there, block_table, table_stride, block_size,
+                k_row, k_head, k_token, PAGED,
+            )  # fmt: skip
+            key = tl.load(k + at[:, None] + channel[None, :] * k_channel, mask=inside, other=0.0)
+            at = token_offsets(
+                token, row, kv_head, there, block_table, table_stride, block_size,
+                v_row, v_head, v_token, PAGED,
+            )  # fmt: skip
+            value = tl.load(v + at[:, None] + channel[None, :] * v_channel, mask=inside, other=0.0)
+            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+            logit = tl.where(there[None, :], logit, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(logit, 1))
+            # A stretch may hold nothing but padding: -inf - -inf would be NaN.
+            safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            weight = tl.exp2(logit - safe_peak[:, None])
+            old = tl.exp2(peak - safe_peak)
+            total = total * old + tl.sum(weight, 1)
+            acc = add_weighted(acc * old[:, None], weight, value)
+            peak = new_peak
+        store_split(
+            acc, peak, total, split, first_query, part_out, part_lse, out, lse,
+            SPLITS, GROUP, ROWS, D, DP,
+        )  # fmt: skip
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    selection: Selection,
+    *,
+    scale: float,
+    block_table: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twin of `tidaldecode.kernels.sparse_decode`; positions beyond the cache's capacity are skipped."""
+    batch, query_heads, head_dim = q.shape
+    paged = block_table is not None
+    kv_heads = k.shape[2] if paged else k.shape[1]
+    sets, budget = selection.positions.shape[1:]
+    heads = max(sets, kv_heads)
+    group = query_heads // heads
+    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    programs = split_count(batch * heads, max(budget, 1), q.device, _PER_PROCESSOR)
+    block, warps, stages = _tile(padded_dim, q.element_size(), triton.cdiv(budget, programs))
+    splits = min(programs, triton.cdiv(max(budget, 1), block))
+    results = SplitOutputs.make(q, splits)
+    if batch == 0:
+        return results.out, results.lse
+    _sparse_kernel[(splits, heads, batch)](
+        q, k, v, selection.positions, selection.counts, block_table, results.out, results.lse,
+        results.part_out, results.part_lse,
+        scale * LOG2E,
+        0 if block_table is None else block_table.stride(0),
+        k.shape[1] if paged else 0,
+        layout.capacity(k, block_table),
+        kv_heads,
+        *q.stride(),
+        *cache_strides(k, paged),
+        *cache_strides(v, paged),
+        *selection.positions.stride(),
+        *selection.counts.stride(),
+        PAGED=paged,
+        GROUP=group,
+        ROWS=max(16, triton.next_power_of_2(group)),
+        D=head_dim,
+        DP=padded_dim,
+        BLOCK=block,
+        SPLITS=splits,
+        SHARED_SET=sets == 1,
+        num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+    results.merge()
+    return results.out, results.lse
+
+
+_PER_PROCESSOR = 2
+"""Programs for every multiprocessor: gathers wait long, so more of them have to be under way."""
+
+
+def _tile(padded_dim: int, element_size: int, tokens: int) -> tuple[int, int, int]:
+    """``(tokens in a tile, warps, pipeline stages)`` for programs that read so many tokens."""
+    most = 4096 // padded_dim if element_size == 4 else 8192 // padded_dim
+    return max(16, min(most, triton.next_power_of_2(max(tokens, 1)))), 4, 2

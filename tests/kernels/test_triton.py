@@ -1,0 +1,315 @@
+"""The Triton kernels against the same references: interpreted on a CPU, compiled on a GPU."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import LAYOUTS, Case, cases, make_case
+from reference_attention import assert_attends_exactly, assert_scores_are_exact, attention
+from reference_selection import assert_selection_is_exact, calls, int32
+from test_sparse_decode import choose, heads_of, read_by, selection_of, sets_of
+
+from tidaldecode.kernels import (
+    Selection,
+    dense_decode,
+    dense_select,
+    select_tokens,
+    sparse_decode,
+)
+from tidaldecode.kernels.scratch import Scratch
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
+EXAMPLES = 200 if DEVICE == "cuda" else 40
+SCORE_KINDS = ("shared", "kv_head", "query_head", "query_head_logits")
+DENSE, SPARSE, SELECT, SCORE = (
+    importlib.import_module(f"tidaldecode.kernels.triton.{name}")
+    for name in ("dense_decode", "sparse_decode", "select_tokens", "score_tokens")
+)
+
+
+@contextmanager
+def small_tiles(tokens: int | None = 16, stretch: int | None = 64) -> Iterator[None]:
+    """Tiles of so few tokens that short rows need many of them; None: as shipped."""
+    with pytest.MonkeyPatch.context() as patch:
+        if tokens is not None:
+            for module in (DENSE, SPARSE):
+                patch.setattr(module, "_tile", lambda *_: (tokens, 4, 2))
+        if stretch is not None:
+            patch.setattr(SELECT, "STRETCH", stretch)
+            patch.setattr(SCORE, "TOKENS", stretch)
+        yield
+
+
+def moved(value):
+    return value.to(DEVICE) if torch.is_tensor(value) else value
+
+
+def run_dense(case: Case, **options):
+    arguments = {"seq_lens": case.seq_lens, "starts": case.starts, **case.cache()}
+    results = dense_decode(
+        moved(case.q),
+        scale=case.scale,
+        backend="triton",
+        **{name: moved(value) for name, value in arguments.items()},
+        **options,
+    )
+    return [None if result is None else result.cpu() for result in results]
+
+
+def check_dense(case: Case, kind: str | None) -> None:
+    out, lse, scores = run_dense(case, scores=kind)
+    assert_attends_exactly(out, lse, case.q, case.k, case.v, case.keep, case.scale)
+    if kind is None:
+        assert scores is None
+    else:
+        # Exponentials of two; the hardware's are off by two units in the last place.
+        assert_scores_are_exact(scores[..., : case.k.shape[2]], case, kind)
+
+
+def run_sparse(case: Case, selection: Selection, readable: torch.Tensor):
+    out, lse = sparse_decode(
+        moved(case.q),
+        selection=selection.to(torch.device(DEVICE)),
+        scale=case.scale,
+        backend="triton",
+        **{name: moved(value) for name, value in case.cache(readable).items()},
+    )
+    return out.cpu(), lse.cpu()
+
+
+def check_sparse(case: Case, chosen: torch.Tensor, readable: torch.Tensor, spare: int = 0) -> None:
+    out, lse = run_sparse(case, selection_of(chosen, spare), readable)
+    keep = heads_of(chosen, case.q.shape[1])
+    assert_attends_exactly(out, lse, case.q, case.k, case.v, keep, case.scale)
+
+
+def run_select(scratch: Scratch | None = None, **call) -> Selection:
+    scratch = scratch or Scratch()
+    selection = select_tokens(
+        backend="triton", scratch=scratch, **{name: moved(value) for name, value in call.items()}
+    )
+    assert not scratch.zeros(1, torch.device(DEVICE)).any(), "scratch was not left zeroed"
+    return selection.to(torch.device("cpu"))
+
+
+def check_select(call: dict) -> None:
+    assert_selection_is_exact(run_select(**call), call)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(cases((torch.float32, *HALF)), st.sampled_from((None, *SCORE_KINDS)), st.booleans())
+def test_dense_decode_equals_exact_attention(case, kind, small):
+    with small_tiles(16 if small else None):
+        check_dense(case, kind)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(
+    cases((torch.float32, *HALF)),
+    st.sampled_from(("shared", "kv_head", "query_head")),
+    st.sampled_from((0.0, 0.1, 0.5, 1.0)),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_sparse_decode_equals_exact_attention_to_the_selection(
+    case, granularity, share, spare, small
+):
+    chosen = choose(case, sets_of(case, granularity), share, ragged=small)
+    with small_tiles(16 if small else None):
+        check_sparse(case, chosen, read_by(case, chosen), spare)
+
+
+@settings(max_examples=2 * EXAMPLES, deadline=None, derandomize=True)
+@given(calls(), st.booleans())
+def test_select_tokens_keeps_every_promise(call, small):
+    with small_tiles(stretch=16 if small else None):
+        check_select(call)
+
+
+@pytest.mark.parametrize("kind", SCORE_KINDS)
+@pytest.mark.parametrize("layout", ["contiguous", "paged 16"])
+def test_dense_select_is_dense_decode_and_select_tokens(kind, layout):
+    ends, starts = [300, 0, 211], [0, 0, 33]
+    case = make_case(3, 2, 3, 32, 300, ends=ends, starts=starts, layout=layout, sharpness=3.0)
+    cache = {name: moved(value) for name, value in case.cache().items()}
+    options = {"budget": 40, "sink_tokens": 3, "recent_tokens": 5}
+    scratch = Scratch()
+    with small_tiles():
+        out, lse, selection = dense_select(
+            moved(case.q),
+            seq_lens=moved(case.seq_lens),
+            starts=moved(case.starts),
+            scale=case.scale,
+            scores=kind,
+            backend="triton",
+            scratch=scratch,
+            **cache,
+            **options,
+        )
+        expected_out, expected_lse, scores = run_dense(case, scores=kind)
+    assert torch.equal(out.cpu(), expected_out) and torch.equal(lse.cpu(), expected_lse)
+    call = {"scores": scores, "seq_lens": case.seq_lens, "starts": case.starts, **options}
+    assert_selection_is_exact(selection.to(torch.device("cpu")), call)
+    assert not scratch.zeros(1, torch.device(DEVICE)).any(), "scratch was not left zeroed"
+
+
+@pytest.mark.parametrize("group", [1, 3, 6, 16])
+@pytest.mark.parametrize("head_dim", [32, 80, 96, 256])
+def test_every_head_size_and_group_works(group, head_dim):
+    case = make_case(1, 1, group, head_dim, 70, ends=[69], starts=[3], dtype=torch.float32)
+    with small_tiles():
+        check_dense(case, "shared")
+        chosen = choose(case, 1, 0.5, ragged=False)
+        check_sparse(case, chosen, read_by(case, chosen))
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 16, 256])
+def test_every_page_size_works(block_size):
+    case = make_case(2, 2, 2, 32, 300, ends=[300, 131], starts=[9, 0])
+    case.layout = f"paged {block_size}"
+    with small_tiles():
+        check_dense(case, "kv_head")
+        chosen = choose(case, 2, 0.3, ragged=False)
+        check_sparse(case, chosen, read_by(case, chosen))
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33, 97, 192, 193])
+def test_tile_and_split_edges_lose_and_repeat_no_token(tokens):
+    case = make_case(2, 1, 2, 16, tokens, ends=[tokens, tokens - 1], starts=[0, tokens // 3])
+    with small_tiles(16, 16):
+        for kind in SCORE_KINDS:
+            check_dense(case, kind)
+        chosen = choose(case, 1, 1.0, ragged=False)
+        check_sparse(case, chosen, case.valid)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
+def test_memory_outside_a_row_changes_no_bit(layout, poison):
+    ends, starts = [40, 17, 0, 33], [0, 5, 0, 33]
+    results = []
+    for filling in (0.0, poison):
+        torch.manual_seed(1)
+        case = make_case(4, 2, 3, 32, 40, ends=ends, starts=starts, layout=layout, poison=filling)
+        with small_tiles():
+            results.append(run_dense(case, scores="shared"))
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)
+
+
+def test_uninitialised_memory_reaches_no_result(monkeypatch):
+    def poisoned(*size, **options):
+        memory = torch.zeros(*size, **options)
+        return memory.fill_(float("nan") if memory.is_floating_point() else -(2**31))
+
+    for module in (DENSE, SPARSE, SCORE, SELECT):
+        monkeypatch.setattr(module.torch, "empty", poisoned)
+    case = make_case(3, 2, 3, 32, 100, ends=[100, 0, 61], starts=[0, 0, 7])
+    with small_tiles():
+        for kind in SCORE_KINDS:
+            check_dense(case, kind)
+        for sets in (1, 2):
+            chosen = choose(case, sets, 0.5, ragged=True)
+            check_sparse(case, chosen, chosen.any(1), spare=2)
+        for budget in (1, 9, 99, 300):
+            check_select(
+                {
+                    "scores": torch.randint(0, 9, (3, 2, 130)).float(),
+                    "seq_lens": int32([130, 0, 77]),
+                    "starts": int32([3, 0, 70]),
+                    "budget": budget,
+                    "sink_tokens": 0,
+                    "recent_tokens": 0,
+                }
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_huge_logits_do_not_overflow(dtype):
+    case = make_case(2, 2, 2, 64, 70, dtype=dtype, sharpness=1.0, starts=[0, 9])
+    case.q, case.k, case.scale = case.q * 60, case.k * 60, 1.0
+    with small_tiles():
+        for kind in SCORE_KINDS:
+            check_dense(case, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_the_error_is_no_more_than_twice_that_of_plain_attention_in_the_same_dtype(dtype):
+    case = make_case(4, 2, 4, 64, 300, dtype=dtype, ends=[300, 257, 64, 7], starts=[0, 5, 0, 3])
+    out, _, _ = run_dense(case)
+    exact, _, _ = attention(case.q, case.k, case.v, case.keep, case.scale)
+    plain, _, _ = attention(case.q, case.k, case.v, case.keep, case.scale, dtype=dtype)
+    unit = torch.finfo(dtype).eps * exact.abs().amax()
+    assert (out - exact).abs().amax() <= 2 * (plain - exact).abs().amax() + 2 * unit
+
+
+def test_a_hole_inside_a_set_is_skipped_and_padding_may_fill_a_split():
+    case = make_case(1, 1, 2, 16, 200)
+    positions = torch.arange(200, dtype=torch.int32).view(1, 1, 200)
+    positions[..., 20:160] = -1
+    with small_tiles(16):
+        out, lse = run_sparse(case, Selection(positions, int32([[200]])), case.valid)
+    keep = torch.isin(torch.arange(200), positions).expand(1, 2, -1)
+    assert_attends_exactly(out, lse, case.q, case.k, case.v, keep, case.scale)
+
+
+@pytest.mark.parametrize(
+    "low, high", [(-1, 1), (0, 1), (1e-4, 1.1e-4), (-1e30, 1e30), (1e-12, 1e-9)]
+)
+@pytest.mark.parametrize("few, listed", [(4, 8), (4, 4096), (128, 4096)])
+def test_scores_of_any_range_are_sorted_out(low, high, few, listed, monkeypatch):
+    monkeypatch.setattr(SELECT, "_FEW", few)
+    monkeypatch.setattr(SELECT, "_LISTED", listed)
+    scores = torch.empty(2, 2, 900).uniform_(low, high)
+    scores[:, :, ::7] = scores[:, :, :1]
+    for budget in (1, 20, 400):
+        with small_tiles():
+            check_select(
+                {
+                    "scores": scores,
+                    "seq_lens": int32([900, 450]),
+                    "starts": int32([0, 70]),
+                    "budget": budget,
+                    "sink_tokens": min(4, budget - 1),
+                    "recent_tokens": min(15, budget - 1) // 2,
+                }
+            )
+
+
+def test_strided_scores_are_read_where_they_are():
+    scores = torch.randn(2, 40, 3, 2).permute(0, 2, 1, 3)[..., 1]
+    assert not scores.is_contiguous()
+    call = {"seq_lens": int32([40, 22]), "starts": None, "budget": 9}
+    check_select({"scores": scores, "sink_tokens": 1, "recent_tokens": 2, **call})
+
+
+def test_repeated_runs_are_equal_to_the_bit():
+    case = make_case(3, 2, 4, 64, 200, ends=[200, 3, 77])
+    with small_tiles():
+        runs = [run_dense(case, scores="shared") for _ in "abc"]
+        scores = runs[0][2]
+        chosen = [run_select(scores=scores, seq_lens=case.seq_lens, budget=50) for _ in "abc"]
+    for again, selection in zip(runs[1:], chosen[1:], strict=True):
+        assert all(torch.equal(old, new) for old, new in zip(runs[0], again, strict=True))
+        assert torch.equal(selection.positions, chosen[0].positions)
+
+
+def test_one_scratch_serves_selections_of_any_size():
+    scratch = Scratch()
+    for sets, width in ((1, 90), (4, 300), (2, 30)):
+        call = {
+            "scores": torch.randn(2, sets, width),
+            "seq_lens": int32([width, width // 2]),
+            "starts": None,
+            "budget": 20,
+            "sink_tokens": 2,
+            "recent_tokens": 3,
+        }
+        assert_selection_is_exact(run_select(scratch, **call), call)
