@@ -10,17 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "tidaldecode"
 
 # Who may import whom, beside itself and the foundations below.
-FOUNDATIONS = {"errors", "config", "record", "engine"}
+FOUNDATIONS = {"errors", "config", "record", "engine", "figure"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "record": set(),
     "config": set(),
     "engine": set(),
+    "figure": set(),
     "kernels": set(),
     "algorithm": {"kernels"},
     "integrations": {"algorithm", "kernels"},
     "eval": {"algorithm", "kernels"},
-    "bench": {"algorithm", "kernels"},
+    "bench": {"algorithm", "integrations", "kernels"},
     "calibrate": {"algorithm", "eval", "integrations"},
     "demo": {"algorithm", "eval", "integrations"},
     "cli": {"algorithm", "bench", "calibrate", "demo", "eval", "integrations", "kernels"},

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from tidaldecode.algorithm.plan import LayerPlan, Role
     from tidaldecode.config import TidalConfig
     from tidaldecode.errors import TidalError
-    from tidaldecode.integrations.transformers import TidalHandle, disable, enable
+    from tidaldecode.integrations.transformers import (
+        TidalHandle,
+        disable,
+        enable,
+        graph_generate,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,6 +29,7 @@ _HOMES = {
     "TidalHandle": "tidaldecode.integrations.transformers",
     "enable": "tidaldecode.integrations.transformers",
     "disable": "tidaldecode.integrations.transformers",
+    "graph_generate": "tidaldecode.integrations.transformers",
 }
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "__version__",
     "disable",
     "enable",
+    "graph_generate",
 ]
 
 

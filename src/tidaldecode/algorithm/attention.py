@@ -48,11 +48,20 @@ class DecodeState:
         seq_lens: torch.Tensor,
         starts: torch.Tensor | None = None,
         block_table: torch.Tensor | None = None,
+        *,
+        width: int | None = None,
+        scratch: Scratch | None = None,
     ) -> DecodeState:
-        """The state in which a step starts; a ``preselected`` plan starts with sinks and recents."""
+        """The state in which a step starts; a ``preselected`` plan starts with sinks and recents.
+
+        ``width``: tokens that a row has at most; by default the host asks ``seq_lens``.
+        """
         state = cls(config, seq_lens, starts, block_table)
+        if scratch is not None:
+            state.scratch = scratch
         if plan.preselected:
-            width = max(seq_lens.tolist(), default=0)
+            if width is None:
+                width = max(seq_lens.tolist(), default=0)
             state.select(torch.zeros(len(seq_lens), 1, width, device=seq_lens.device))
         return state
 

@@ -11,6 +11,7 @@ from typing import TextIO
 
 import typer
 
+from tidaldecode.cli import bench
 from tidaldecode.cli import eval as evaluation
 from tidaldecode.cli.calibrate import calibrate
 from tidaldecode.cli.demo import demo
@@ -29,6 +30,7 @@ app.command()(generate)
 app.command()(info)
 app.command()(calibrate)
 app.add_typer(evaluation.app, name="eval")
+app.add_typer(bench.app, name="bench")
 
 USAGE_ERROR = 2
 INTERRUPTED = 130

@@ -60,7 +60,7 @@ def calibrate(
     from tidaldecode.calibrate.report import FIGURES_FILE, HEATMAP_FILE, show, write
     from tidaldecode.calibrate.run import Request, calibrate_model, most_passes
     from tidaldecode.config import CONFIG_FILE, TidalConfig
-    from tidaldecode.eval.plots import require_matplotlib
+    from tidaldecode.figure import require_matplotlib
 
     if plot:
         require_matplotlib()

@@ -36,7 +36,7 @@ def demo(
     from tidaldecode.demo import MODEL_DIRECTORY
     from tidaldecode.demo.report import HEATMAP_FILE, RESULT_FILE, save_results, show_table
     from tidaldecode.demo.run import Demo
-    from tidaldecode.eval.plots import require_matplotlib
+    from tidaldecode.figure import require_matplotlib
 
     if plot:
         require_matplotlib()

@@ -15,10 +15,10 @@ from tidaldecode.errors import TidalError
 from tidaldecode.eval.haystack import source_text
 from tidaldecode.eval.methods import Method, parse_methods
 from tidaldecode.eval.needle import Haystack
-from tidaldecode.eval.plots import require_matplotlib
 from tidaldecode.eval.report import MethodCost, Report
 from tidaldecode.eval.runner import Task, run_task
 from tidaldecode.eval.store import RowStore
+from tidaldecode.figure import require_matplotlib
 from tidaldecode.record import run_record, write_json
 
 if TYPE_CHECKING:

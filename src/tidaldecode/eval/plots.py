@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tidaldecode.errors import TidalError
 from tidaldecode.eval.store import Row
-from tidaldecode.record import write_file
-
-
-def require_matplotlib() -> None:
-    """Raise `TidalError` where plots cannot be drawn, before any long work."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise TidalError(
-            "plot: expected matplotlib, found none; run pip install 'tidaldecode[eval]' or leave "
-            "plots out with --no-plot"
-        )
+from tidaldecode.figure import save_figure
 
 
 def plot_needle(rows: Sequence[Row], path: Path, title: str, record: dict[str, Any]) -> Path:
@@ -54,7 +42,7 @@ def plot_needle(rows: Sequence[Row], path: Path, title: str, record: dict[str, A
     axes[0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=list(axes), label="exact match (%)")
     figure.suptitle(title, fontsize=11)
-    return _save(figure, path, record)
+    return save_figure(figure, path, record)
 
 
 def plot_budget(
@@ -86,7 +74,7 @@ def plot_budget(
     axis.set_ylabel(quality)
     axis.set_title(title, fontsize=11)
     axis.legend(fontsize=8)
-    return _save(figure, path, record)
+    return save_figure(figure, path, record)
 
 
 def plot_positions(
@@ -109,7 +97,7 @@ def plot_positions(
     axis.set_ylabel(quality)
     axis.set_title(title, fontsize=11)
     axis.legend(fontsize=8)
-    return _save(figure, path, record)
+    return save_figure(figure, path, record)
 
 
 def plot_calibration(
@@ -148,13 +136,4 @@ def plot_calibration(
     bottom.set_ylabel("layer that selects")
     bottom.set_title("softmax mass found in another layer's tokens, over that in its own")
     figure.colorbar(image, ax=bottom)
-    return _save(figure, path, record)
-
-
-def _save(figure: Any, path: Path, record: dict[str, Any]) -> Path:
-    """Write the PNG; its ``Description`` field is the run record as JSON."""
-    notes = {"Software": "tidaldecode", "Description": json.dumps(record)}
-    return write_file(
-        path,
-        lambda temporary: figure.savefig(temporary, dpi=130, format="png", metadata=notes),
-    )
+    return save_figure(figure, path, record)

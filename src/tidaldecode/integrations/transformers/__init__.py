@@ -1,9 +1,11 @@
 """Hugging Face transformers: `enable` a model, `generate` as always, `disable`.
 
 Read in this order: `handle.py` (attach and detach), `attention.py` (what a layer does), `support.py`
-(what is refused, and why), `settings.py` (which configuration and plan a model gets).
+(what is refused, and why), `settings.py` (which configuration and plan a model gets); then
+`decode_step.py` (a whole step on the device, over `static_cache.py`) and `graph_generate.py` (the loop).
 """
 
+from tidaldecode.integrations.transformers.graph_generate import graph_generate
 from tidaldecode.integrations.transformers.handle import TidalHandle, disable, enable
 
-__all__ = ["TidalHandle", "disable", "enable"]
+__all__ = ["TidalHandle", "disable", "enable", "graph_generate"]

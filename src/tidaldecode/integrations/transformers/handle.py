@@ -14,6 +14,8 @@ from tidaldecode.config import TidalConfig
 from tidaldecode.engine import OnScores
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.attention import HOST, KEYWORD, NAME, Forward, register
+from tidaldecode.integrations.transformers.decode_step import DecodeStep
+from tidaldecode.integrations.transformers.graph_generate import can_graph, graphed
 from tidaldecode.integrations.transformers.settings import resolve_settings
 from tidaldecode.integrations.transformers.support import inspect_model
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTRIBUTE = "_tidal_handle"
+_CAPACITY_UNIT = 1024
+"""Caches are made for a multiple of so many tokens, so that similar calls share one."""
 
 
 class TidalHandle:
@@ -35,6 +39,7 @@ class TidalHandle:
         self.on_scores: OnScores | None = None
         """If set, sees the token scores of every selection layer of every decode step."""
         self._model, self._decoder = model, decoder
+        self._steps: dict[int, DecodeStep] = {}
         self._previous = decoder.config._attn_implementation
         if self._previous != HOST:
             raise TidalError(
@@ -48,15 +53,36 @@ class TidalHandle:
             decoder.register_forward_hook(self._after, with_kwargs=True),
         ]
         setattr(model, _ATTRIBUTE, self)
+        self._routes = self.config.cuda_graph == "auto" and can_graph(model)
+        if self._routes:
+            model.generate = graphed(model)
 
     def disable(self) -> None:
         """Restore the model exactly as it was. Does nothing the second time."""
         if getattr(self._model, _ATTRIBUTE, None) is not self:
             return
         delattr(self._model, _ATTRIBUTE)
+        self._steps.clear()
+        if self._routes:
+            del self._model.generate
         for hook in self._hooks:
             hook.remove()
         self._switch(self._previous)
+
+    def decode_step(self, batch: int, tokens: int) -> DecodeStep:
+        """A `DecodeStep` for ``batch`` rows of up to ``tokens`` tokens, kept for the next call.
+
+        Errors: `TidalError` as a `DecodeStep` has them.
+        """
+        step = self._steps.get(batch)
+        if step is None or step.capacity < tokens:
+            # The old cache goes first: there may be no room for both.
+            self._steps.clear()
+            del step
+            capacity = -(-tokens // _CAPACITY_UNIT) * _CAPACITY_UNIT
+            step = DecodeStep(self._model, self.config, self.plan, batch=batch, capacity=capacity)
+            self._steps[batch] = step
+        return step
 
     def __enter__(self) -> TidalHandle:
         return self
@@ -96,7 +122,8 @@ class TidalHandle:
                 "output_attentions: expected False, since sparse layers never form the whole matrix "
                 "of attention weights, got True; call disable(model) to look at attention weights"
             )
-        return args, {**kwargs, KEYWORD: Forward(self.config, self.plan, self.on_scores)}
+        forward = kwargs.get(KEYWORD) or Forward(self.config, self.plan, self.on_scores)
+        return args, {**kwargs, KEYWORD: forward}
 
     def _after(
         self,
@@ -141,3 +168,14 @@ def disable(model: PreTrainedModel) -> None:
     handle = getattr(model, _ATTRIBUTE, None)
     if handle is not None:
         handle.disable()
+
+
+def enabled_handle(model: PreTrainedModel) -> TidalHandle:
+    """The handle of an enabled model. Errors: `TidalError` if it is not enabled."""
+    handle = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(handle, TidalHandle):
+        raise TidalError(
+            "model: expected one with TidalDecode, got one that is not enabled; call "
+            "tidaldecode.enable(model) first"
+        )
+    return handle

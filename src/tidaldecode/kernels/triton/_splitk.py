@@ -21,17 +21,6 @@ _MERGED_SPLITS = 32
 
 
 @triton.jit
-def add_weighted(acc, weight, value):
-    """``acc + weight @ value`` to fp32's accuracy: half-precision values meet weights in two parts."""
-    high = weight.to(value.dtype)
-    acc = tl.dot(high, value, acc, input_precision="ieee")
-    if value.dtype != tl.float32:
-        low = (weight - high.to(tl.float32)).to(value.dtype)
-        acc = tl.dot(low, value, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
 def store_split(
     acc, peak, total, split, first_query, part_out, part_lse, out, lse,
     SPLITS: tl.constexpr,

@@ -12,7 +12,6 @@ from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
 from tidaldecode.kernels.triton._splitk import (
     LOG2E,
     SplitOutputs,
-    add_weighted,
     split_count,
     store_nothing,
     store_split,
@@ -84,7 +83,9 @@ def _sparse_kernel(
             weight = tl.exp2(logit - safe_peak[:, None])
             old = tl.exp2(peak - safe_peak)
             total = total * old + tl.sum(weight, 1)
-            acc = add_weighted(acc * old[:, None], weight, value)
+            acc = acc * old[:, None]
+            # Weights in the values' precision, as the hardware multiplies; exact ones cost 5 to 8 %.
+            acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
             peak = new_peak
         store_split(
             acc, peak, total, split, first_query, part_out, part_lse, out, lse,

@@ -1,0 +1,138 @@
+"""``tidaldecode bench decode``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tidaldecode.cli.common import (
+    DeviceOption,
+    ModelOption,
+    SelectLayersOption,
+    load,
+    overrides,
+    rows_progress,
+)
+from tidaldecode.errors import TidalError
+
+if TYPE_CHECKING:
+    from tidaldecode.bench.decode import StepTime
+
+FULL = "full"
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _bench() -> None:
+    """Time TidalDecode against full attention."""
+
+
+@app.command()
+def decode(
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="Random weights in this shape: llama-2-7b, llama-3.1-8b, llama-3.2-1b or qwen3-8b."
+        ),
+    ] = "llama-3.1-8b",
+    model: ModelOption = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Cached tokens; repeat it for several.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Rows decoded together; repeat it for several.")
+    ] = None,
+    budget: Annotated[
+        list[int] | None, typer.Option(help="Tokens that sparse layers attend to; repeat it.")
+    ] = None,
+    select_layers: SelectLayersOption = None,
+    steps: Annotated[int, typer.Option(min=3, help="Timed steps of each method.")] = 20,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    json_file: Annotated[Path | None, typer.Option("--json", help="A copy for programs.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="PNG of latency against context.")
+    ] = None,
+) -> None:
+    """Time whole decode steps, sparse and with full attention, in one run."""
+    from tidaldecode.bench.decode import check_contexts, random_model, read_bandwidth, time_steps
+    from tidaldecode.bench.plots import plot_decode
+    from tidaldecode.bench.shapes import shape_config
+    from tidaldecode.config import TidalConfig
+    from tidaldecode.figure import require_matplotlib
+    from tidaldecode.integrations.transformers.loading import DTYPES, resolve_device
+    from tidaldecode.record import run_record, write_json
+
+    if plot_file is not None:
+        require_matplotlib()
+    if dtype not in DTYPES:
+        raise TidalError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    place = resolve_device(device)
+    console = Console()
+    if model is not None:
+        loaded, _ = load(model, device, dtype)
+        name = str(model)
+    else:
+        loaded, name = random_model(shape_config(shape), place, DTYPES[dtype]), shape
+    contexts, batches = sorted(set(context or [10240, 32768, 102400])), sorted(set(batch or [1]))
+    check_contexts(contexts, loaded)
+    methods: dict[str, TidalConfig | None] = {FULL: None}
+    for tokens in sorted(set(budget or [512])):
+        methods[f"tidal {tokens}"] = TidalConfig(
+            **overrides(budget=tokens, select_layers=select_layers)
+        )
+    bandwidth = read_bandwidth(place)
+    results = []
+    with rows_progress(console) as progress:
+        bar = progress.add_task("methods", total=len(contexts) * len(batches) * len(methods))
+        for tokens in contexts:
+            for rows in batches:
+                results += time_steps(
+                    loaded,
+                    methods,
+                    context=tokens,
+                    batch=rows,
+                    steps=steps,
+                    bandwidth=bandwidth,
+                    on_method=lambda: progress.advance(bar),
+                )
+    console.print(_table(results, f"{name} ({dtype}); floor at {bandwidth / 1e12:.2f} TB/s"))
+    if json_file is not None or plot_file is not None:
+        record = run_record(
+            task="bench decode", model=name, dtype=dtype, steps=steps, bandwidth=bandwidth,
+            methods={m: c.to_dict() if c else None for m, c in methods.items()},
+        )  # fmt: skip
+        written = []
+        if json_file is not None:
+            rows_found = [asdict(result) for result in results]
+            written.append(write_json(json_file, {"record": record, "results": rows_found}))
+        if plot_file is not None:
+            written.append(plot_decode(results, name, plot_file, record))
+        for path in written:
+            console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _table(results: Sequence[StepTime], title: str) -> Table:
+    """All results, each against full attention at the same context and batch size."""
+    table = Table(title=f"One decode step of {title}", box=None)
+    for head in (
+        "tokens", "rows", "method", "ms", "10-90 %", "speed-up", "GB read", "floor ms", "/ floor",
+    ):  # fmt: skip
+        table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
+    full = {(r.context, r.batch): r.milliseconds for r in results if r.method == FULL}
+    for result in results:
+        speedup = full[result.context, result.batch] / result.milliseconds
+        table.add_row(
+            f"{result.context:,}", str(result.batch), result.method, f"{result.milliseconds:.3f}",
+            f"{result.low_ms:.2f}-{result.high_ms:.2f}", f"{speedup:.2f}x",
+            f"{(result.weight_bytes + result.kv_bytes) / 1e9:.2f}", f"{result.floor_ms:.3f}",
+            f"{result.times_floor:.2f}x",
+        )  # fmt: skip
+    return table

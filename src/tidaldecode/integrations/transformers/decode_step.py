@@ -1,0 +1,217 @@
+"""One decode step of a whole model with everything on the device: one CUDA graph, whatever the length.
+
+Lengths, positions and the next token live in tensors that the step itself moves on, so a replay needs
+nothing from the host. On a CPU the same step runs eagerly.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tidaldecode.algorithm import DecodeState, LayerPlan, Role
+from tidaldecode.config import TidalConfig
+from tidaldecode.errors import TidalError
+from tidaldecode.integrations.transformers.attention import KEYWORD, Forward
+from tidaldecode.integrations.transformers.static_cache import FixedCache
+from tidaldecode.kernels.scratch import Scratch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WARM_UPS = 2
+
+
+class DecodeStep:
+    """Decodes one token for each of ``batch`` rows, and again, up to ``capacity`` tokens.
+
+    Args:
+        model: an enabled model; its attention function must be ours.
+        config, plan: what its layers do. A plan of dense layers only is full attention.
+        capacity: tokens that the cache of a row holds.
+
+    Errors: `TidalError` for layers that cannot run from the device, and when memory is short.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: TidalConfig,
+        plan: LayerPlan,
+        *,
+        batch: int,
+        capacity: int,
+    ) -> None:
+        device = model.device
+        self.model, self.config, self.plan = model, config, plan
+        self.batch, self.capacity = batch, capacity
+        self.cache = FixedCache(len(plan.roles), capacity, device)
+        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        """What the next step decodes; a step leaves the most likely next tokens here."""
+        self.starts = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.seq_lens = torch.ones(batch, dtype=torch.int32, device=device)
+        self.logits: torch.Tensor | None = None
+        """``[B, vocabulary]``: what the last step found; overwritten by the next."""
+        self.length = 0
+        self._position_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._scratch = Scratch()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._host_mask = _pass_through_mask(model, device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Empty the cache and prefill prompts ``[B, S]``, padded on the left where ``mask`` is 0.
+
+        Returns the logits after the last token ``[B, vocabulary]``.
+
+        Errors: `TidalError` for padding elsewhere, or prompts that do not fit.
+        """
+        length = ids.shape[1]
+        if length > self.capacity:
+            raise TidalError(f"prompt: expected at most {self.capacity:,} tokens, got {length:,}")
+        starts = None if mask is None else _left_padding(mask, length)
+        padding: dict[str, Any] = {}
+        if starts is not None and bool((starts > 0).any()):
+            positions = (torch.arange(length, device=ids.device)[None] - starts[:, None]).clamp(
+                min=0
+            )
+            padding = {"attention_mask": mask, "position_ids": positions}
+        self.cache.fill(0)
+        output = self.model(
+            ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **padding
+        )
+        self.resume(length, starts)
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def resume(self, length: int, starts: torch.Tensor | None = None) -> None:
+        """Go on from ``length`` cached tokens; ``starts [B]``: where rows begin, 0 by default."""
+        self.length = length
+        self.cache.fill(length)
+        self.seq_lens.fill_(length + 1)
+        if starts is None:
+            self.starts.zero_()
+        else:
+            self.starts.copy_(starts)
+        self._position_ids.copy_((length - self.starts)[:, None])
+
+    @torch.inference_mode()
+    def run(self) -> torch.Tensor:
+        """Decode ``tokens``; returns the logits ``[B, vocabulary]``, valid until the next step.
+
+        Errors: `TidalError` when the cache is full.
+        """
+        if self.length >= self.capacity:
+            raise TidalError(
+                f"cache: expected room for another token, found all {self.capacity:,} taken; make a "
+                "step of larger capacity"
+            )
+        if self.tokens.is_cuda:
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None
+            self._graph.replay()
+        else:
+            self._step()
+        self.length += 1
+        assert self.logits is not None
+        return self.logits
+
+    def use_cache(self, cache: FixedCache) -> None:
+        """Decode on a cache that another step of the same shape has filled.
+
+        Errors: `TidalError` for a cache of another capacity, or after the first step.
+        """
+        if cache.capacity != self.capacity or self._graph is not None:
+            raise TidalError(
+                f"cache: expected one of {self.capacity:,} tokens before the first step, got one of "
+                f"{cache.capacity:,} tokens"
+            )
+        self.cache = cache
+
+    def close(self) -> None:
+        """Give the graph's memory back; the cache goes with its last owner."""
+        self._graph = None
+        self.logits = None
+
+    def _step(self) -> None:
+        """What is captured: decode, choose, move on."""
+        state = DecodeState.begin(
+            self.config,
+            self.plan,
+            self.seq_lens,
+            self.starts,
+            width=self.capacity,
+            scratch=self._scratch,
+        )
+        forward = Forward(self.config, self.plan, state=state, on_device=True)
+        self.cache.step(True)
+        try:
+            output = self.model(
+                self.tokens,
+                past_key_values=self.cache,
+                position_ids=self._position_ids,
+                attention_mask=self._host_mask,
+                use_cache=True,
+                **{KEYWORD: forward},
+            )
+        finally:
+            self.cache.step(False)
+        self.logits = output.logits[:, -1]
+        self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
+        for counter in (self.seq_lens, self._position_ids, self.cache.position):
+            counter.add_(1)
+
+    def _capture(self) -> None:
+        """Compile and allocate on a side stream, then record the step once."""
+        moving = (self.tokens, self.seq_lens, self._position_ids, self.cache.position)
+        kept = [tensor.clone() for tensor in moving]
+        stream = torch.cuda.Stream(self.tokens.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    self._step()
+                    for tensor, before in zip(moving, kept, strict=True):
+                        tensor.copy_(before)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+        except torch.cuda.OutOfMemoryError as error:
+            raise TidalError(
+                f"memory: expected room for a decode step of {self.batch} rows and "
+                f"{self.capacity:,} tokens, found too little on {self.tokens.device} ({error}); "
+                "use a smaller batch or fewer tokens"
+            ) from error
+        finally:
+            for tensor, before in zip(moving, kept, strict=True):
+                tensor.copy_(before)
+        self._graph = graph
+
+
+def dense_plan(plan: LayerPlan) -> LayerPlan:
+    """The same model with full attention in every planned layer."""
+    return LayerPlan(tuple(Role.HOST if r is Role.HOST else Role.DENSE for r in plan.roles))
+
+
+def _left_padding(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """``[B]`` int32: the first token of every row. Errors: `TidalError` for padding elsewhere."""
+    if mask.dim() != 2 or mask.shape[1] != length:
+        raise TidalError(f"attention_mask: expected shape [B, {length}], got {list(mask.shape)}")
+    valid = mask.bool()
+    starts = valid.int().argmax(-1).int()
+    if not torch.equal(valid.sum(-1), length - starts):
+        raise TidalError(
+            "attention_mask: expected padding on the left only, found it elsewhere; set the "
+            "tokenizer's padding_side to 'left'"
+        )
+    return starts
+
+
+def _pass_through_mask(model: PreTrainedModel, device: torch.device) -> Any:
+    """A mask that transformers hands down as it is; no layer of a step looks at it."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    kinds = set(getattr(model.get_decoder().config, "layer_types", None) or ())
+    return {kind: mask for kind in kinds} if kinds else mask

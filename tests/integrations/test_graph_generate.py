@@ -1,0 +1,289 @@
+"""graph_generate against plain generate: the same tokens, whatever the options.
+
+On a CPU the step that a GPU captures runs eagerly, so that all but the capture is tested here.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from runs import SMALL, generate, left_padded, logits_of
+from snapshot import snapshot
+from tiny import VOCABULARY, build, prompt
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+import tidaldecode
+from tidaldecode import TidalConfig, TidalError, graph_generate
+from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
+
+HANDLE = importlib.import_module("tidaldecode.integrations.transformers.handle")
+MODELS = ["Llama", "Qwen3", "Gemma3"]
+WAYS = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_p": 0.9, "temperature": 0.8},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "repetition penalty": {"repetition_penalty": 1.3},
+}
+
+
+def run(model, ids, tokens=20, **options):
+    torch.manual_seed(7)
+    return generate(model, ids, tokens, **options)
+
+
+def both(model, ids, **options):
+    return run(model, ids, **options), run(model, ids, custom_generate=graph_generate, **options)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("budget", [8, 128])
+def test_it_gives_the_tokens_of_plain_generate(family, way, budget):
+    model = build(family)
+    with tidaldecode.enable(model, **{**SMALL, "budget": budget}):
+        plain, graphed = both(model, prompt(24), **WAYS[way])
+    assert torch.equal(plain.sequences, graphed.sequences)
+    torch.testing.assert_close(logits_of(graphed), logits_of(plain), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_greedy_run_without_records_takes_the_device_loop_and_agrees(family):
+    model = build(family)
+    settings = {"output_logits": False, "return_dict_in_generate": False, "tokens": 41}
+    with tidaldecode.enable(model, **SMALL):
+        plain, graphed = both(model, prompt(24), **settings)
+    assert torch.equal(plain, graphed)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_padded_rows_agree(family):
+    model = build(family)
+    ids, mask = left_padded([prompt(24), prompt(9, seed=2), prompt(17, seed=3)])
+    with tidaldecode.enable(model, **SMALL):
+        plain, graphed = both(model, ids, attention_mask=mask)
+    assert torch.equal(plain.sequences, graphed.sequences)
+    torch.testing.assert_close(logits_of(graphed), logits_of(plain), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_rows_end_where_plain_generate_ends_them(rows, records):
+    model = build("Llama")
+    ids = torch.cat([prompt(24, seed=seed) for seed in range(rows)])
+    options = {"output_logits": False, "return_dict_in_generate": records, "output_scores": records}
+    with tidaldecode.enable(model, **SMALL):
+        free = run(model, ids, tokens=40).sequences[:, 24:]
+        ends = [int(row[place]) for row, place in zip(free, (3, 17, 20, 33), strict=False)]
+        plain, graphed = both(model, ids, tokens=40, eos_token_id=ends, **options)
+    if records:
+        plain, graphed = plain.sequences, graphed.sequences
+    assert plain.shape[1] < 24 + 40
+    assert torch.equal(plain, graphed)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 18, 33])
+def test_every_length_is_kept(tokens):
+    model = build("Llama")
+    with tidaldecode.enable(model, **SMALL):
+        plain, graphed = both(
+            model, prompt(5), tokens=tokens, output_logits=False, return_dict_in_generate=False
+        )
+    assert graphed.shape == (1, 5 + tokens)
+    assert torch.equal(plain, graphed)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_the_shortest_prompts_work(length):
+    model = build("Llama")
+    with tidaldecode.enable(model, **SMALL):
+        plain, graphed = both(model, prompt(length))
+    assert torch.equal(plain.sequences, graphed.sequences)
+
+
+@pytest.mark.parametrize("granularity", ["shared", "kv_head", "query_head"])
+def test_every_granularity_agrees(granularity):
+    model = build("Llama")
+    with tidaldecode.enable(model, **SMALL, granularity=granularity):
+        plain, graphed = both(model, prompt(30))
+    assert torch.equal(plain.sequences, graphed.sequences)
+
+
+def test_a_step_is_kept_for_later_calls_and_replaced_when_too_small():
+    model = build("Llama")
+    with tidaldecode.enable(model, **SMALL) as handle:
+        first = handle.decode_step(2, 100)
+        assert handle.decode_step(2, first.capacity) is first
+        assert handle.decode_step(2, first.capacity + 1).capacity > first.capacity
+        long, short = prompt(60, seed=5), prompt(10, seed=6)
+        for ids in (long, short, long):
+            plain, graphed = both(model, ids)
+            assert torch.equal(plain.sequences, graphed.sequences)
+
+
+def test_a_dense_plan_gives_the_hosts_own_tokens():
+    model = build("Llama")
+    ids = prompt(40)
+    expected = run(model, ids).sequences[0, 40:]
+    with tidaldecode.enable(model, **SMALL) as handle:
+        step = DecodeStep(model, handle.config, dense_plan(handle.plan), batch=1, capacity=64)
+        step.tokens.copy_(step.prefill(ids).argmax(-1, keepdim=True))
+        found = [int(step.tokens)]
+        while len(found) < 20:
+            step.run()
+            found.append(int(step.tokens))
+    assert found == expected.tolist()
+
+
+class Collector(BaseStreamer):
+    def __init__(self) -> None:
+        self.pieces: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_sees_what_plain_generate_shows_it():
+    model = build("Llama")
+    plain, graphed = Collector(), Collector()
+    with tidaldecode.enable(model, **SMALL):
+        run(model, prompt(24), streamer=plain)
+        run(
+            model,
+            prompt(24),
+            streamer=graphed,
+            token_streamer=graphed,
+            custom_generate=graph_generate,
+        )
+    assert plain.pieces == graphed.pieces and graphed.ended
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Plain generate takes the loop, as it does on a GPU; counts the calls that reach it."""
+    calls = []
+    monkeypatch.setattr(HANDLE, "can_graph", lambda model: True)
+    step = DecodeStep.prefill
+    monkeypatch.setattr(
+        DecodeStep, "prefill", lambda self, *args: calls.append(1) or step(self, *args)
+    )
+    return calls
+
+
+ROUTED = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_p": 0.9},
+    "several sequences": {"do_sample": True, "num_return_sequences": 2},
+    "repetition penalty": {"repetition_penalty": 1.3},
+}
+LEFT = {
+    "beams": {"num_beams": 2},
+    "a returned cache": {"return_dict_in_generate": True},
+    "a static cache": {"cache_implementation": "static", "disable_compile": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "no cache": {"use_cache": False},
+    "chunked prefill": {"prefill_chunk_size": 7},
+}
+
+
+@pytest.mark.parametrize("way", [*ROUTED, *LEFT])
+def test_plain_generate_takes_the_loop_exactly_where_it_gives_the_same(way, on_gpu):
+    model = build("Llama")
+    options = {"output_logits": False, "return_dict_in_generate": False}
+    options |= {**ROUTED, **LEFT}[way]
+    with tidaldecode.enable(model, **SMALL, cuda_graph=False):
+        plain = run(model, prompt(24), **options)
+    assert not on_gpu
+    with tidaldecode.enable(model, **SMALL):
+        routed = run(model, prompt(24), **options)
+    assert bool(on_gpu) == (way in ROUTED)
+    if way == "a returned cache":
+        plain, routed = plain.sequences, routed.sequences
+    assert torch.equal(plain, routed)
+
+
+def test_a_streamer_of_plain_generate_reaches_the_loop(on_gpu):
+    model = build("Llama")
+    plain, routed = Collector(), Collector()
+    options = {"output_logits": False, "return_dict_in_generate": False}
+    with tidaldecode.enable(model, **SMALL, cuda_graph=False):
+        run(model, prompt(24), streamer=plain, **options)
+    with tidaldecode.enable(model, **SMALL):
+        run(model, prompt(24), streamer=routed, **options)
+    assert on_gpu and plain.pieces == routed.pieces and routed.ended
+
+
+def test_a_generation_config_is_read_as_plain_generate_reads_it(on_gpu):
+    model = build("Llama")
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, num_beams=2, pad_token_id=0)
+    with tidaldecode.enable(model, **SMALL):
+        beams = model.generate(prompt(24), generation_config=config)
+        assert not on_gpu
+        greedy = model.generate(prompt(24), generation_config=config, num_beams=1)
+        assert on_gpu
+        assert beams.shape == greedy.shape == (1, 29)
+
+
+def test_disabling_takes_the_route_off(on_gpu):
+    model = build("Llama")
+    before = snapshot(model)
+    with tidaldecode.enable(model, **SMALL):
+        assert "generate" in vars(model)
+    assert snapshot(model) == before
+
+
+def test_after_it_plain_generate_and_the_model_are_as_before():
+    model = build("Llama")
+    before = run(model, prompt(24)).sequences
+    with tidaldecode.enable(model, **SMALL):
+        plain = run(model, prompt(24)).sequences
+        run(model, prompt(24), custom_generate=graph_generate)
+        assert torch.equal(run(model, prompt(24)).sequences, plain)
+    assert torch.equal(run(model, prompt(24)).sequences, before)
+
+
+def test_a_full_cache_is_refused():
+    model = build("Llama")
+    with tidaldecode.enable(model, **SMALL) as handle:
+        step = DecodeStep(model, handle.config, handle.plan, batch=1, capacity=10)
+        with pytest.raises(TidalError, match=r"^prompt: expected at most 10 tokens, got 11"):
+            step.prefill(prompt(11))
+        step.prefill(prompt(9))
+        step.run()
+        with pytest.raises(TidalError, match=r"^cache: expected room .* all 10 taken"):
+            step.run()
+
+
+def test_it_is_refused_where_it_cannot_give_what_generate_gives():
+    model = build("Llama")
+    ids = prompt(24)
+    with pytest.raises(TidalError, match=r"^model: expected one with TidalDecode, .* not enabled"):
+        run(model, ids, custom_generate=graph_generate)
+    with tidaldecode.enable(model, **SMALL):
+        cache = DynamicCache()
+        model(ids[:, :10], past_key_values=cache)
+        for name, options in {
+            "past_key_values": {"past_key_values": cache},
+            "output_hidden_states": {"output_hidden_states": True},
+            "use_cache": {"use_cache": False},
+        }.items():
+            with pytest.raises(TidalError, match=f"^{name}: expected a plain greedy or sampled"):
+                run(model, ids, custom_generate=graph_generate, **options)
+        mask = torch.ones(1, 24, dtype=torch.long)
+        mask[0, 20:] = 0
+        with pytest.raises(TidalError, match=r"^attention_mask: expected padding on the left only"):
+            run(model, ids, attention_mask=mask, custom_generate=graph_generate)
+
+
+def test_presets_agree():
+    model = build("Llama")
+    for name in ("paper", "lessismore", "streaming"):
+        with tidaldecode.enable(model, TidalConfig.preset(name, budget=24)):
+            plain, graphed = both(model, prompt(40) % VOCABULARY)
+        assert torch.equal(plain.sequences, graphed.sequences), name
