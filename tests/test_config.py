@@ -37,7 +37,7 @@ def configs(draw: st.DrawFn) -> TidalConfig:
         sink_tokens=sinks,
         recent_tokens=recents,
         backend=draw(st.sampled_from(("auto", "torch", "triton"))),
-        cuda_graph=draw(st.sampled_from(("auto", False))),
+        cuda_graph=draw(st.sampled_from(("auto", "compiled", False))),
     )
 
 
@@ -174,7 +174,7 @@ REFUSALS = [
         {"draft_tokens": 4},
         r"^draft_tokens: expected 'auto' \(the only one in this version\), got 4",
     ),
-    ({"cuda_graph": True}, r"^cuda_graph: expected 'auto' or False \(the only one .*, got True"),
+    ({"cuda_graph": True}, r"^cuda_graph: expected 'auto' or 'compiled' or False, got True"),
     ({"budget": 19}, r"^budget: expected at least 20 tokens \(sink_tokens=4 \+ recent_tokens=15"),
     (
         {"sink_tokens": 0, "recent_tokens": 1024},

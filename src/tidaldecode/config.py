@@ -22,13 +22,13 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "selector": ("attention", "page_bounds"),
     "mode": ("sparse",),
     "backend": ("auto", "torch", "triton"),
-    "cuda_graph": ("auto", False),
+    "cuda_graph": ("auto", "compiled", False),
     "correct_every": (None,),
     "draft_tokens": ("auto",),
 }
 _NOTES = ("model", "calibration")
 """What a calibration adds to the file: the model it is for, and how it was found."""
-_LATER = {"mode", "cuda_graph", "correct_every", "draft_tokens"}
+_LATER = {"mode", "correct_every", "draft_tokens"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class TidalConfig:
     """Cache correction: decoded tokens between two dense recomputations."""
     draft_tokens: Literal["auto"] = "auto"
     """Tokens drafted between two verifications, in lossless mode."""
-    cuda_graph: Literal["auto", False] = "auto"
-    """Whether a decode step runs as one CUDA graph."""
+    cuda_graph: Literal["auto", "compiled", False] = "auto"
+    """Whether a decode step runs as one CUDA graph on a GPU; ``"compiled"``: after torch.compile has
+    fused its small operations, which takes a minute or so before the first step."""
 
     def __post_init__(self) -> None:
         if self.select_layers != "auto":

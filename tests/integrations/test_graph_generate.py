@@ -6,6 +6,7 @@ On a CPU the step that a GPU captures runs eagerly, so that all but the capture 
 from __future__ import annotations
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import tidaldecode
 from tidaldecode import TidalConfig, TidalError, graph_generate
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
 
+STEP = importlib.import_module("tidaldecode.integrations.transformers.decode_step")
 HANDLE = importlib.import_module("tidaldecode.integrations.transformers.handle")
 MODELS = ["Llama", "Qwen3", "Gemma3"]
 WAYS = {
@@ -135,6 +137,37 @@ def test_a_dense_plan_gives_the_hosts_own_tokens():
             step.run()
             found.append(int(step.tokens))
     assert found == expected.tolist()
+
+
+@pytest.mark.parametrize("family", [*MODELS, "Mixtral"])
+def test_a_compiled_step_is_one_graph_and_gives_the_same_tokens(family, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(STEP, "COMPILER", {"backend": "eager", "fullgraph": True})
+    model = build(family)
+    ids = torch.cat([prompt(24), prompt(24, seed=2)])
+    with tidaldecode.enable(model, **SMALL, cuda_graph="compiled"):
+        plain, graphed = both(model, ids)
+    assert torch.equal(plain.sequences, graphed.sequences)
+    torch.testing.assert_close(logits_of(graphed), logits_of(plain), atol=2e-4, rtol=2e-4)
+
+
+def test_steps_of_several_threads_do_not_mix():
+    model = build("Llama")
+    prompts = [prompt(20 + seed, seed=seed) for seed in range(4)]
+    with tidaldecode.enable(model, **SMALL) as handle:
+        expected = [run(model, ids).sequences[0, ids.shape[1] :].tolist() for ids in prompts]
+
+        def decode(ids):
+            step = DecodeStep(model, handle.config, handle.plan, batch=1, capacity=64)
+            step.tokens.copy_(step.prefill(ids).argmax(-1, keepdim=True))
+            found = [int(step.tokens)]
+            while len(found) < 20:
+                step.run()
+                found.append(int(step.tokens))
+            return found
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(decode, prompts)) == expected
 
 
 class Collector(BaseStreamer):

@@ -53,6 +53,9 @@ def decode(
         list[int] | None, typer.Option(help="Tokens that sparse layers attend to; repeat it.")
     ] = None,
     select_layers: SelectLayersOption = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Fuse small operations first (torch.compile).")
+    ] = False,
     steps: Annotated[int, typer.Option(min=3, help="Timed steps of each method.")] = 20,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -86,7 +89,8 @@ def decode(
     methods: dict[str, TidalConfig | None] = {FULL: None}
     for tokens in sorted(set(budget or [512])):
         methods[f"tidal {tokens}"] = TidalConfig(
-            **overrides(budget=tokens, select_layers=select_layers)
+            **overrides(budget=tokens, select_layers=select_layers),
+            cuda_graph="compiled" if compiled else "auto",
         )
     bandwidth = read_bandwidth(place)
     results = []

@@ -16,6 +16,7 @@ The contract that the kernels share (checked once, in `tidaldecode.kernels.contr
 - Outputs: ``out [B, Hq, D]`` in q's dtype, ``lse [B, Hq]`` fp32 (natural logarithm).
 """
 
+from tidaldecode.kernels.append_token import append_token
 from tidaldecode.kernels.contract import ScoreKind
 from tidaldecode.kernels.dense_decode import dense_decode
 from tidaldecode.kernels.dense_select import dense_select
@@ -26,6 +27,7 @@ from tidaldecode.kernels.sparse_decode import sparse_decode
 __all__ = [
     "ScoreKind",
     "Selection",
+    "append_token",
     "dense_decode",
     "dense_select",
     "page_bound_scores",

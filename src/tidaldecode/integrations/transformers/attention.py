@@ -20,7 +20,7 @@ from tidaldecode.algorithm import DecodeState, LayerPlan, Role, decode_attention
 from tidaldecode.config import TidalConfig
 from tidaldecode.engine import OnScores
 from tidaldecode.errors import TidalError
-from tidaldecode.kernels import dense_decode
+from tidaldecode.integrations.transformers.step_layers import step_attention
 
 NAME = "tidal"
 HOST = "sdpa"
@@ -48,7 +48,7 @@ class Forward:
     """Whether every row fits the budget, which makes the step dense: the host's, bit for bit."""
     state: DecodeState | None = field(default=None)
     on_device: bool = False
-    """Whether ``state`` came with the forward, and nothing may be asked of the host: a `DecodeStep`."""
+    """Whether `StepLayers` run the layers, and nothing may be asked of the host."""
 
     def begin(self, key: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Read every row's range off the host's mask, once per forward. ``key [B, Hkv, L, D]``."""
@@ -103,16 +103,10 @@ def tidal_attention_forward(
             f"sliding_window={kwargs['sliding_window']} from the model"
         )
     if forward.on_device:
-        assert forward.state is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if role is Role.HOST:
-            window = kwargs.get("sliding_window")
-            out = _window_attention(query, key, value, layer, forward.state, window, scale)
-        else:
-            out = decode_attention(
-                query[:, :, 0], key, value, layer, forward.plan, forward.state, scale=scale
-            )
-        return out[:, None], None
+        window = kwargs.get("sliding_window")
+        newest = (states[:, :, 0] for states in (query, key, value))
+        return step_attention(*newest, layer, window, scale)[:, None], None
     decodes = query.shape[2] == 1 and not (torch.is_grad_enabled() and query.requires_grad)
     if decodes and role is not Role.HOST and forward.state is None:
         forward.begin(key, attention_mask)
@@ -132,35 +126,6 @@ def tidal_attention_forward(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
     return out[:, None], None
-
-
-def _window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: int,
-    state: DecodeState,
-    window: int | None,
-    scale: float,
-) -> torch.Tensor:
-    """Attention of a sliding-window layer in a step on the device: dense, from the window's start."""
-    if window is None:
-        raise TidalError(
-            f"layer {layer}: expected full attention or a sliding window, found neither; this model "
-            "cannot decode in a CUDA graph: set cuda_graph=False"
-        )
-    first = (state.seq_lens - window).clamp(min=0)
-    starts = first if state.starts is None else torch.maximum(first, state.starts)
-    out, _, _ = dense_decode(
-        query[:, :, 0],
-        key,
-        value,
-        state.seq_lens,
-        scale=scale,
-        starts=starts,
-        backend=state.config.backend,
-    )
-    return out
 
 
 def _ranges(mask: torch.Tensor, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

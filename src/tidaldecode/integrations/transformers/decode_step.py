@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tidaldecode.algorithm import DecodeState, LayerPlan, Role
+from tidaldecode.algorithm import LayerPlan, Role
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.attention import KEYWORD, Forward
 from tidaldecode.integrations.transformers.static_cache import FixedCache
-from tidaldecode.kernels.scratch import Scratch
+from tidaldecode.integrations.transformers.step_layers import StepLayers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WARM_UPS = 2
+COMPILER: dict[str, Any] = {"options": {"coordinate_descent_tuning": True}}
+"""How torch.compile fuses a step; products with few rows then run as fused reductions."""
 
 
 class DecodeStep:
@@ -46,7 +48,7 @@ class DecodeStep:
         device = model.device
         self.model, self.config, self.plan = model, config, plan
         self.batch, self.capacity = batch, capacity
-        self.cache = FixedCache(len(plan.roles), capacity, device)
+        self.cache = FixedCache(len(plan.roles), capacity)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         """What the next step decodes; a step leaves the most likely next tokens here."""
         self.starts = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -55,7 +57,10 @@ class DecodeStep:
         """``[B, vocabulary]``: what the last step found; overwritten by the next."""
         self.length = 0
         self._position_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._scratch = Scratch()
+        self._layers = StepLayers(config, plan, self.cache, self.seq_lens, self.starts)
+        self._call = self._decode
+        if config.cuda_graph == "compiled":
+            self._call = torch.compile(self._decode, dynamic=False, **COMPILER)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._host_mask = _pass_through_mask(model, device)
 
@@ -128,7 +133,7 @@ class DecodeStep:
                 f"cache: expected one of {self.capacity:,} tokens before the first step, got one of "
                 f"{cache.capacity:,} tokens"
             )
-        self.cache = cache
+        self.cache = self._layers.cache = cache
 
     def close(self) -> None:
         """Give the graph's memory back; the cache goes with its last owner."""
@@ -137,35 +142,29 @@ class DecodeStep:
 
     def _step(self) -> None:
         """What is captured: decode, choose, move on."""
-        state = DecodeState.begin(
-            self.config,
-            self.plan,
-            self.seq_lens,
-            self.starts,
-            width=self.capacity,
-            scratch=self._scratch,
-        )
-        forward = Forward(self.config, self.plan, state=state, on_device=True)
-        self.cache.step(True)
-        try:
-            output = self.model(
-                self.tokens,
-                past_key_values=self.cache,
-                position_ids=self._position_ids,
-                attention_mask=self._host_mask,
-                use_cache=True,
-                **{KEYWORD: forward},
-            )
-        finally:
-            self.cache.step(False)
-        self.logits = output.logits[:, -1]
+        with self._layers.running():
+            self.logits = self._call(self.tokens, self._position_ids)
         self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
-        for counter in (self.seq_lens, self._position_ids, self.cache.position):
-            counter.add_(1)
+        self.seq_lens.add_(1)
+        self._position_ids.add_(1)
+
+    def _decode(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, vocabulary]`` of ``tokens [B, 1]``."""
+        forward = Forward(self.config, self.plan, on_device=True)
+        output = self.model(
+            tokens,
+            past_key_values=self.cache,
+            position_ids=position_ids,
+            attention_mask=self._host_mask,
+            use_cache=True,
+            **{KEYWORD: forward},
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
 
     def _capture(self) -> None:
         """Compile and allocate on a side stream, then record the step once."""
-        moving = (self.tokens, self.seq_lens, self._position_ids, self.cache.position)
+        moving = (self.tokens, self.seq_lens, self._position_ids)
         kept = [tensor.clone() for tensor in moving]
         stream = torch.cuda.Stream(self.tokens.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -53,7 +53,7 @@ class TidalHandle:
             decoder.register_forward_hook(self._after, with_kwargs=True),
         ]
         setattr(model, _ATTRIBUTE, self)
-        self._routes = self.config.cuda_graph == "auto" and can_graph(model)
+        self._routes = self.config.cuda_graph is not False and can_graph(model)
         if self._routes:
             model.generate = graphed(model)
 

@@ -15,22 +15,17 @@ from tidaldecode.errors import TidalError
 
 
 class FixedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer, ``[B, Hkv, capacity, D]``.
-
-    Args:
-        capacity: tokens that fit.
-        position: ``[1]`` int64 on the device: where a decode step writes.
-    """
+    """Keys and values of one layer, ``[B, Hkv, capacity, D]``."""
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, capacity: int, position: torch.Tensor) -> None:
+    def __init__(self, capacity: int) -> None:
         super().__init__()
-        self.capacity, self._position = capacity, position
+        self.capacity = capacity
         self.length = 0
         self.stepping = False
-        """Whether a decode step is running: it writes at ``position`` and gets the whole capacity."""
+        """Whether a decode step is running: its attention then caches new tokens by itself."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take the memory, shaped like the first keys and values."""
@@ -44,17 +39,15 @@ class FixedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add new tokens ``[B, Hkv, n, D]``; returns the filled part, or all of it in a decode step.
+        """Add new tokens ``[B, Hkv, n, D]``; returns the filled part, or them alone in a decode step.
 
         Errors: `TidalError` where they do not fit.
         """
+        if self.stepping:
+            return key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        if self.stepping:
-            self.keys.index_copy_(2, self._position, key_states)
-            self.values.index_copy_(2, self._position, value_states)
-            return self.keys, self.values
         end = self.length + key_states.shape[2]
         if end > self.capacity:
             raise TidalError(f"cache: expected at most {self.capacity:,} tokens, got {end:,}")
@@ -79,18 +72,16 @@ class FixedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class FixedCache(Cache):  # type: ignore[misc]
-    """`FixedLayer`s that share the position at which a decode step writes."""
+    """A `FixedLayer` for every layer of a model."""
 
-    def __init__(self, num_layers: int, capacity: int, device: torch.device) -> None:
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        super().__init__(layers=[FixedLayer(capacity, self.position) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        super().__init__(layers=[FixedLayer(capacity) for _ in range(num_layers)])
         self.capacity = capacity
 
     def fill(self, length: int) -> None:
         """Declare ``length`` tokens cached: 0 empties the cache, more than there are is a promise."""
         for layer in self.layers:
             layer.length = length
-        self.position.fill_(length)
 
     def step(self, stepping: bool) -> None:
         """Enter or leave a decode step."""

@@ -1,0 +1,123 @@
+"""The attention layers of a decode step on the device, and the one operator through which they run.
+
+torch.compile looks into everything that a model does but this operator. What it reads and writes beside
+its arguments, the cache and the selection, belongs to the step that is running in this thread: a
+compiled model then serves every step. Layers run in the order of their data, and so do side effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from tidaldecode.algorithm import DecodeState, LayerPlan, Role, decode_attention
+from tidaldecode.config import TidalConfig
+from tidaldecode.errors import TidalError
+from tidaldecode.integrations.transformers.static_cache import FixedCache
+from tidaldecode.kernels import append_token, dense_decode
+from tidaldecode.kernels.scratch import Scratch
+
+_running: ContextVar[StepLayers] = ContextVar("the step that is running in this thread")
+
+
+class StepLayers:
+    """What the layers of one `DecodeStep` share from step to step.
+
+    Args:
+        seq_lens: ``[B]`` int32, the newest token included; starts: ``[B]`` int32.
+    """
+
+    def __init__(
+        self,
+        config: TidalConfig,
+        plan: LayerPlan,
+        cache: FixedCache,
+        seq_lens: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> None:
+        self.config, self.plan, self.cache = config, plan, cache
+        self.seq_lens, self.starts = seq_lens, starts
+        self._scratch = Scratch()
+        self._state: DecodeState | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While a step runs. It starts with no selection, but of a plan that needs no scores."""
+        self._state = DecodeState.begin(
+            self.config,
+            self.plan,
+            self.seq_lens,
+            self.starts,
+            width=self.cache.capacity,
+            scratch=self._scratch,
+        )
+        token = _running.set(self)
+        self.cache.step(True)
+        try:
+            yield
+        finally:
+            self.cache.step(False)
+            _running.reset(token)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        window: int | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Cache the newest ``k, v [B, Hkv, D]`` and attend with ``q [B, Hq, D]``; returns its like."""
+        assert self._state is not None
+        filled = self.cache.layers[layer]
+        backend = self.config.backend
+        append_token(filled.keys, filled.values, k, v, self.seq_lens, backend=backend)
+        if self.plan[layer] is not Role.HOST:
+            return decode_attention(
+                q, filled.keys, filled.values, layer, self.plan, self._state, scale=scale
+            )
+        if window is None:
+            raise TidalError(
+                f"layer {layer}: expected full attention or a sliding window, found neither; this "
+                "model cannot decode in a CUDA graph: set cuda_graph=False"
+            )
+        starts = torch.maximum(self.starts, (self.seq_lens - window).clamp(min=0))
+        out, _, _ = dense_decode(
+            q,
+            filled.keys,
+            filled.values,
+            self.seq_lens,
+            scale=scale,
+            starts=starts,
+            backend=backend,
+        )
+        return out
+
+
+@torch.library.custom_op("tidaldecode::step_attention", mutates_args=())
+def step_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: int,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """`StepLayers.attend` of the step that is running."""
+    return _running.get().attend(q, k, v, layer, window, scale)
+
+
+@step_attention.register_fake
+def _like_q(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: int,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
