@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 SOURCES := src tests training
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-oldest lint format bench clean help
+.PHONY: demo test test-gpu test-oldest lint format bench clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -28,6 +28,9 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt torch
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
 	touch $@
+
+test-gpu: ## the tests of kernels and graphs on an NVIDIA GPU, in the Python that has torch for it
+	$(PYTHON) -m pytest tests/kernels/test_triton.py tests/kernels/test_append_token.py tests/gpu
 
 test-oldest: $(OLDEST)/.installed ## the integration tests on the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest tests/integrations

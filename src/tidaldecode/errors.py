@@ -15,6 +15,10 @@ class TidalError(ValueError):
     """
 
 
+class ShortOfMemoryError(TidalError):
+    """A device has too little memory for what was asked; the model is usable as before."""
+
+
 class UncalibratedWarning(UserWarning):
     """Selection layers come from a fallback, because nobody calibrated the model."""
 

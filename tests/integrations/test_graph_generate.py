@@ -18,7 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import tidaldecode
 from tidaldecode import TidalConfig, TidalError, graph_generate
+from tidaldecode.errors import ShortOfMemoryError
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
+from tidaldecode.integrations.transformers.static_cache import FixedLayer
 
 STEP = importlib.import_module("tidaldecode.integrations.transformers.decode_step")
 HANDLE = importlib.import_module("tidaldecode.integrations.transformers.handle")
@@ -116,9 +118,12 @@ def test_every_granularity_agrees(granularity):
 def test_a_step_is_kept_for_later_calls_and_replaced_when_too_small():
     model = build("Llama")
     with tidaldecode.enable(model, **SMALL) as handle:
-        first = handle.decode_step(2, 100)
-        assert handle.decode_step(2, first.capacity) is first
-        assert handle.decode_step(2, first.capacity + 1).capacity > first.capacity
+        with handle.steps.borrow(2, 100) as first, handle.steps.borrow(2, 100) as other:
+            assert other is not first
+        with handle.steps.borrow(2, first.capacity) as again:
+            assert again is first
+        with handle.steps.borrow(2, first.capacity + 1) as larger:
+            assert larger.capacity > first.capacity
         long, short = prompt(60, seed=5), prompt(10, seed=6)
         for ids in (long, short, long):
             plain, graphed = both(model, ids)
@@ -168,6 +173,40 @@ def test_steps_of_several_threads_do_not_mix():
 
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(decode, prompts)) == expected
+
+
+def test_a_failed_call_leaves_no_step_behind():
+    model = build("Llama")
+    with tidaldecode.enable(model, **SMALL) as handle:
+        with pytest.raises(RuntimeError, match="cut"), handle.steps.borrow(1, 10):
+            raise RuntimeError("cut")
+        assert not handle.steps.clear()
+
+
+def test_a_lack_of_memory_says_what_was_needed_and_leaves_the_model_usable(monkeypatch):
+    model = build("Llama")
+    ids = prompt(24)
+    options = {"output_logits": False, "return_dict_in_generate": False}
+    with tidaldecode.enable(model, **SMALL) as handle:
+        expected = run(model, ids, **options)
+        run(model, torch.cat([ids, ids]), custom_generate=graph_generate, **options)
+        take, failures = FixedLayer.lazy_initialization, [1, 1]
+
+        def fail(self, *states):
+            if failures:
+                failures.pop()
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return take(self, *states)
+
+        monkeypatch.setattr(FixedLayer, "lazy_initialization", fail)
+        # Steps that wait are given up first; with none left the call fails.
+        with pytest.raises(
+            ShortOfMemoryError,
+            match=r"^memory: expected room for a cache of 1 x 1,024 tokens \(0\.0 GiB\) .* fewer rows",
+        ):
+            run(model, ids, custom_generate=graph_generate, **options)
+        assert not failures and not handle.steps.clear()
+        assert torch.equal(run(model, ids, custom_generate=graph_generate, **options), expected)
 
 
 class Collector(BaseStreamer):

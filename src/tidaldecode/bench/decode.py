@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tidaldecode.algorithm.cost import full_kv_bytes_per_step, kv_bytes_per_step
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers import enable
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
+from tidaldecode.integrations.transformers.footprint import measure_footprint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -106,9 +106,10 @@ def time_steps(
             else:
                 step.use_cache(cache)
             step.resume(context)
+            footprint = measure_footprint(model, handle.config, context)
             times = _time(step, steps)
             weights = _weight_bytes(model)
-            kv = batch * _kv_bytes(handle, config, context, model)
+            kv = batch * (footprint.full_bytes if config is None else footprint.kv_bytes)
             results.append(
                 StepTime(
                     method=name,
@@ -167,30 +168,6 @@ def _weight_bytes(model: PreTrainedModel) -> int:
     read = sum(p.numel() * p.element_size() for p in model.parameters())
     tied = embedding.data_ptr() == head.data_ptr()
     return int(read if tied else read - embedding.numel() * embedding.element_size())
-
-
-def _kv_bytes(handle: Any, config: TidalConfig | None, context: int, model: Any) -> int:
-    layer = model.get_decoder().config
-    kv_heads = layer.num_key_value_heads
-    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-    bytes_each = model.dtype.itemsize
-    if config is None:
-        return full_kv_bytes_per_step(
-            handle.plan,
-            context=context,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            element_bytes=bytes_each,
-        )
-    return kv_bytes_per_step(
-        handle.plan,
-        handle.config,
-        context=context,
-        query_heads=layer.num_attention_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        element_bytes=bytes_each,
-    )
 
 
 def _percentile(times: Sequence[float], share: float) -> float:

@@ -6,16 +6,19 @@ nothing from the host. On a CPU the same step runs eagerly.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tidaldecode.algorithm import LayerPlan, Role
 from tidaldecode.config import TidalConfig
-from tidaldecode.errors import TidalError
+from tidaldecode.errors import ShortOfMemoryError, TidalError
 from tidaldecode.integrations.transformers.attention import KEYWORD, Forward
 from tidaldecode.integrations.transformers.static_cache import FixedCache
 from tidaldecode.integrations.transformers.step_layers import StepLayers
+from tidaldecode.integrations.transformers.support import inspect_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,9 +86,10 @@ class DecodeStep:
             )
             padding = {"attention_mask": mask, "position_ids": positions}
         self.cache.fill(0)
-        output = self.model(
-            ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **padding
-        )
+        with self._enough_memory():
+            output = self.model(
+                ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **padding
+            )
         self.resume(length, starts)
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -136,9 +140,9 @@ class DecodeStep:
         self.cache = self._layers.cache = cache
 
     def close(self) -> None:
-        """Give the graph's memory back; the cache goes with its last owner."""
-        self._graph = None
-        self.logits = None
+        """Give the memory of the graph and the cache back."""
+        self._graph = self.logits = None
+        self.cache = self._layers.cache = FixedCache(len(self.plan.roles), self.capacity)
 
     def _step(self) -> None:
         """What is captured: decode, choose, move on."""
@@ -168,26 +172,45 @@ class DecodeStep:
         kept = [tensor.clone() for tensor in moving]
         stream = torch.cuda.Stream(self.tokens.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
+            with self._enough_memory():
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UPS):
+                        self._step()
+                        for tensor, before in zip(moving, kept, strict=True):
+                            tensor.copy_(before)
+                torch.cuda.current_stream().wait_stream(stream)
+                # Other threads may go on using the GPU meanwhile.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._step()
-                    for tensor, before in zip(moving, kept, strict=True):
-                        tensor.copy_(before)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-        except torch.cuda.OutOfMemoryError as error:
+        except RuntimeError as error:
             raise TidalError(
-                f"memory: expected room for a decode step of {self.batch} rows and "
-                f"{self.capacity:,} tokens, found too little on {self.tokens.device} ({error}); "
-                "use a smaller batch or fewer tokens"
+                f"model: expected a decode step of {type(self.model).__name__} that a CUDA graph can "
+                f"hold, got: {str(error).splitlines()[0]}; set cuda_graph=False"
             ) from error
         finally:
             for tensor, before in zip(moving, kept, strict=True):
                 tensor.copy_(before)
         self._graph = graph
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        """Say what was needed where memory runs out; the cache is given back then."""
+        try:
+            yield
+            return
+        except torch.cuda.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+        # Outside the except clause: its traceback would keep the memory of the failed call.
+        self.close()
+        _, shape = inspect_model(self.model)
+        token = 2 * shape.num_layers * shape.kv_heads * shape.head_dim * self.model.dtype.itemsize
+        raise ShortOfMemoryError(
+            f"memory: expected room for a cache of {self.batch} x {self.capacity:,} tokens "
+            f"({self.batch * self.capacity * token / 2**30:.1f} GiB) and the step that uses it, found "
+            f"too little on {self.tokens.device} ({reason}); use fewer rows or tokens"
+        )
 
 
 def dense_plan(plan: LayerPlan) -> LayerPlan:

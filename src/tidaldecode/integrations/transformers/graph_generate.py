@@ -22,12 +22,14 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from tidaldecode.errors import TidalError
+from tidaldecode.errors import ShortOfMemoryError, TidalError
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
+
+    from tidaldecode.integrations.transformers.handle import TidalHandle
 
 CHECK_EVERY = 16
 """Tokens between two looks of the host at what was decoded."""
@@ -57,17 +59,37 @@ def graph_generate(
 
     handle = enabled_handle(model)
     _refuse(generation_config, model_kwargs, synced_gpus)
-    length = input_ids.shape[1]
-    step = handle.decode_step(len(input_ids), generation_config.max_length)
-    logits = step.prefill(
-        input_ids.to(model.device), _moved(model_kwargs.get("attention_mask"), model)
-    )
-    loop = _Loop(step, logits, input_ids, generation_config, stopping_criteria, token_streamer)
-    plain = not logits_processor and token_streamer is None and not loop.records
-    known = all(isinstance(c, (MaxLengthCriteria, EosTokenCriteria)) for c in stopping_criteria)
-    if not generation_config.do_sample and plain and known:
-        return loop.greedy(generation_config.max_length - length)
-    return loop.general(logits_processor, generation_config.do_sample)
+    try:
+        return _generate(handle, input_ids, logits_processor, stopping_criteria, generation_config,
+                         token_streamer, model_kwargs.get("attention_mask"))  # fmt: skip
+    except ShortOfMemoryError:
+        # Steps of other batch sizes hold memory that this call may do with.
+        if not handle.steps.clear():
+            raise
+    torch.cuda.empty_cache()
+    return _generate(handle, input_ids, logits_processor, stopping_criteria, generation_config,
+                     token_streamer, model_kwargs.get("attention_mask"))  # fmt: skip
+
+
+def _generate(
+    handle: TidalHandle,
+    input_ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """Prefill, and the loop that suits."""
+    with handle.steps.borrow(len(input_ids), config.max_length) as step:
+        device = step.tokens.device
+        logits = step.prefill(input_ids.to(device), None if mask is None else mask.to(device))
+        loop = _Loop(step, logits, input_ids, config, criteria, streamer)
+        plain = not processors and streamer is None and not loop.records
+        known = all(isinstance(c, (MaxLengthCriteria, EosTokenCriteria)) for c in criteria)
+        if not config.do_sample and plain and known:
+            return loop.greedy(config.max_length - input_ids.shape[1])
+        return loop.general(processors, config.do_sample)
 
 
 def can_graph(model: PreTrainedModel) -> bool:
@@ -227,7 +249,3 @@ def _refuse(config: GenerationConfig, kwargs: dict[str, Any], synced_gpus: bool)
                 f"{name}: expected a plain greedy or sampled generation from token ids, got "
                 f"{name}, which graph_generate does not have; leave custom_generate out"
             )
-
-
-def _moved(mask: torch.Tensor | None, model: PreTrainedModel) -> torch.Tensor | None:
-    return None if mask is None else mask.to(model.device)

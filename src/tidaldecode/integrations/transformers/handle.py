@@ -17,6 +17,7 @@ from tidaldecode.integrations.transformers.attention import HOST, KEYWORD, NAME,
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
 from tidaldecode.integrations.transformers.graph_generate import can_graph, graphed
 from tidaldecode.integrations.transformers.settings import resolve_settings
+from tidaldecode.integrations.transformers.step_pool import StepPool
 from tidaldecode.integrations.transformers.support import inspect_model
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTRIBUTE = "_tidal_handle"
-_CAPACITY_UNIT = 1024
-"""Caches are made for a multiple of so many tokens, so that similar calls share one."""
 
 
 class TidalHandle:
@@ -39,7 +38,8 @@ class TidalHandle:
         self.on_scores: OnScores | None = None
         """If set, sees the token scores of every selection layer of every decode step."""
         self._model, self._decoder = model, decoder
-        self._steps: dict[int, DecodeStep] = {}
+        self.steps = StepPool(self._make_step)
+        """Decode steps for `graph_generate`."""
         self._previous = decoder.config._attn_implementation
         if self._previous != HOST:
             raise TidalError(
@@ -62,27 +62,12 @@ class TidalHandle:
         if getattr(self._model, _ATTRIBUTE, None) is not self:
             return
         delattr(self._model, _ATTRIBUTE)
-        self._steps.clear()
+        self.steps.clear()
         if self._routes:
             del self._model.generate
         for hook in self._hooks:
             hook.remove()
         self._switch(self._previous)
-
-    def decode_step(self, batch: int, tokens: int) -> DecodeStep:
-        """A `DecodeStep` for ``batch`` rows of up to ``tokens`` tokens, kept for the next call.
-
-        Errors: `TidalError` as a `DecodeStep` has them.
-        """
-        step = self._steps.get(batch)
-        if step is None or step.capacity < tokens:
-            # The old cache goes first: there may be no room for both.
-            self._steps.clear()
-            del step
-            capacity = -(-tokens // _CAPACITY_UNIT) * _CAPACITY_UNIT
-            step = DecodeStep(self._model, self.config, self.plan, batch=batch, capacity=capacity)
-            self._steps[batch] = step
-        return step
 
     def __enter__(self) -> TidalHandle:
         return self
@@ -100,6 +85,9 @@ class TidalHandle:
             f"TidalHandle({type(self._model).__name__}, plan={self.plan}, "
             f"budget={self.config.budget}, granularity={self.config.granularity!r})"
         )
+
+    def _make_step(self, batch: int, capacity: int) -> DecodeStep:
+        return DecodeStep(self._model, self.config, self.plan, batch=batch, capacity=capacity)
 
     def _switch(self, name: str) -> None:
         """Set the decoder's attention implementation, and make sure that it took."""
