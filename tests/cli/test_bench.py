@@ -1,4 +1,4 @@
-"""`tidaldecode bench decode` on a tiny shape: figures that add up, files, and refusals."""
+"""`tidaldecode bench` on a tiny shape: figures that add up, files, and refusals."""
 
 import json
 
@@ -46,6 +46,29 @@ def test_it_prints_a_table_and_writes_figures_and_a_plot(tmp_path, capsys):
     assert [r["plan"] for r in found["results"][:2]] == ["DDDDDD", "DDS..."]
     assert all(r["low_ms"] <= r["milliseconds"] <= r["high_ms"] for r in found["results"])
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kernels_are_timed_beside_their_peers(tmp_path, capsys):
+    sizes = ["--context", "256", "--batch", "2", "--budget", "32", "--repetitions", "3"]
+    options = ["--shape", "tiny", "--dtype", "float32", "--device", "cpu"]
+    assert run(["bench", "kernels", *options, *sizes, "--json", str(tmp_path / "k.json")]) == 0
+    assert "One layer of tiny (float32)" in capsys.readouterr().out
+    results = json.loads((tmp_path / "k.json").read_text())["results"]
+    names = [
+        "plain sum of K and V",
+        "torch SDPA",
+        "dense_decode",
+        "dense_select 32",
+        "sparse_decode 32",
+    ]
+    assert [r["kernel"] for r in results] == names
+    cached = 2 * 256 * 2 * 2 * 16 * 4  # rows, tokens, K and V, heads, channels, fp32
+    assert [r["kv_bytes"] for r in results] == [cached] * 4 + [cached // 8]
+
+
+def test_a_budget_beyond_the_context_is_refused(capsys):
+    assert run(["bench", "kernels", "--shape", "tiny", "--context", "64", "--budget", "64"]) == 2
+    assert "budget: expected fewer tokens than every context" in capsys.readouterr().err
 
 
 def test_bytes_are_those_of_weights_and_of_what_each_layer_reads(tiny):

@@ -1,4 +1,4 @@
-"""``tidaldecode bench decode``."""
+"""``tidaldecode bench kernels | decode``."""
 
 from __future__ import annotations
 
@@ -22,44 +22,49 @@ from tidaldecode.cli.common import (
 from tidaldecode.errors import TidalError
 
 if TYPE_CHECKING:
+    import torch
+
     from tidaldecode.bench.decode import StepTime
 
 FULL = "full"
 
-app = typer.Typer(no_args_is_help=True)
+ShapeOption = Annotated[
+    str,
+    typer.Option(
+        help="Random weights in this shape: llama-2-7b, llama-3.1-8b, llama-3.2-1b or qwen3-8b."
+    ),
+]
+ContextsOption = Annotated[
+    list[int] | None, typer.Option("--context", help="Cached tokens; repeat it for several.")
+]
+BatchesOption = Annotated[
+    list[int] | None, typer.Option("--batch", help="Rows decoded together; repeat it for several.")
+]
+BudgetsOption = Annotated[
+    list[int] | None,
+    typer.Option("--budget", help="Tokens that sparse layers attend to; repeat it for several."),
+]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="A copy for programs.")]
 
-
-@app.callback()
-def _bench() -> None:
-    """Time TidalDecode against full attention."""
+app = typer.Typer(help="Time TidalDecode against full attention.", no_args_is_help=True)
 
 
 @app.command()
 def decode(
-    shape: Annotated[
-        str,
-        typer.Option(
-            help="Random weights in this shape: llama-2-7b, llama-3.1-8b, llama-3.2-1b or qwen3-8b."
-        ),
-    ] = "llama-3.1-8b",
+    shape: ShapeOption = "llama-3.1-8b",
     model: ModelOption = None,
-    context: Annotated[
-        list[int] | None, typer.Option(help="Cached tokens; repeat it for several.")
-    ] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option(help="Rows decoded together; repeat it for several.")
-    ] = None,
-    budget: Annotated[
-        list[int] | None, typer.Option(help="Tokens that sparse layers attend to; repeat it.")
-    ] = None,
+    context: ContextsOption = None,
+    batch: BatchesOption = None,
+    budget: BudgetsOption = None,
     select_layers: SelectLayersOption = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Fuse small operations first (torch.compile).")
     ] = False,
     steps: Annotated[int, typer.Option(min=3, help="Timed steps of each method.")] = 20,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    json_file: Annotated[Path | None, typer.Option("--json", help="A copy for programs.")] = None,
+    dtype: DtypeOption = "bfloat16",
+    json_file: JsonOption = None,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="PNG of latency against context.")
     ] = None,
@@ -70,20 +75,18 @@ def decode(
     from tidaldecode.bench.shapes import shape_config
     from tidaldecode.config import TidalConfig
     from tidaldecode.figure import require_matplotlib
-    from tidaldecode.integrations.transformers.loading import DTYPES, resolve_device
+    from tidaldecode.integrations.transformers.loading import resolve_device
     from tidaldecode.record import run_record, write_json
 
     if plot_file is not None:
         require_matplotlib()
-    if dtype not in DTYPES:
-        raise TidalError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    place = resolve_device(device)
+    place, precision = resolve_device(device), _precision(dtype)
     console = Console()
     if model is not None:
         loaded, _ = load(model, device, dtype)
         name = str(model)
     else:
-        loaded, name = random_model(shape_config(shape), place, DTYPES[dtype]), shape
+        loaded, name = random_model(shape_config(shape), place, precision), shape
     contexts, batches = sorted(set(context or [10240, 32768, 102400])), sorted(set(batch or [1]))
     check_contexts(contexts, loaded)
     methods: dict[str, TidalConfig | None] = {FULL: None}
@@ -121,6 +124,64 @@ def decode(
             written.append(plot_decode(results, name, plot_file, record))
         for path in written:
             console.print(f"wrote {path}", soft_wrap=True)
+
+
+@app.command()
+def kernels(
+    shape: ShapeOption = "llama-3.1-8b",
+    context: ContextsOption = None,
+    batch: BatchesOption = None,
+    budget: BudgetsOption = None,
+    repetitions: Annotated[int, typer.Option(min=3, help="Timed walks through the layers.")] = 20,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "bfloat16",
+    json_file: JsonOption = None,
+) -> None:
+    """Time the kernels of one layer against a plain sum of its bytes, torch SDPA and FlashInfer."""
+    from tidaldecode.bench.kernels import cases_of, time_case
+    from tidaldecode.bench.shapes import shape_config
+    from tidaldecode.integrations.transformers.loading import resolve_device
+    from tidaldecode.record import run_record, write_json
+
+    place, precision = resolve_device(device), _precision(dtype)
+    cases = cases_of(
+        shape_config(shape),
+        sorted(set(context or [32768, 102400])),
+        sorted(set(batch or [1])),
+        sorted(set(budget or [512])),
+    )
+    console = Console()
+    results = []
+    with rows_progress(console) as progress:
+        bar = progress.add_task("cases", total=len(cases))
+        for case in cases:
+            results += time_case(case, place, precision, repetitions)
+            progress.advance(bar)
+    table = Table(title=f"One layer of {shape} ({dtype})", box=None)
+    for head in ("tokens", "rows", "kernel", "us", "10-90 %", "TB/s", "/ dense"):
+        table.add_column(head, justify="left" if head == "kernel" else "right", no_wrap=True)
+    dense = {r.case: r.microseconds for r in results if r.kernel == "dense_decode"}
+    for r in results:
+        table.add_row(
+            f"{r.case.context:,}", str(r.case.batch), r.kernel, f"{r.microseconds:.1f}",
+            f"{r.low_us:.1f}-{r.high_us:.1f}", f"{r.terabytes_per_second:.2f}",
+            f"{r.microseconds / dense[r.case]:.2f}x",
+        )  # fmt: skip
+    console.print(table)
+    if json_file is not None:
+        record = run_record(task="bench kernels", shape=shape, dtype=dtype, repetitions=repetitions)
+        found = [asdict(result) for result in results]
+        write_json(json_file, {"record": record, "results": found})
+        console.print(f"wrote {json_file}", soft_wrap=True)
+
+
+def _precision(name: str) -> torch.dtype:
+    """A dtype by its name. Errors: `TidalError`."""
+    from tidaldecode.integrations.transformers.loading import DTYPES
+
+    if name not in DTYPES:
+        raise TidalError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def _table(results: Sequence[StepTime], title: str) -> Table:
