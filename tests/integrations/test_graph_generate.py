@@ -258,7 +258,8 @@ LEFT = {
     "beams": {"num_beams": 2},
     "a returned cache": {"return_dict_in_generate": True},
     "a static cache": {"cache_implementation": "static", "disable_compile": True},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    # transformers 5.4 expects an end-of-text token here.
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCABULARY - 1},
     "no cache": {"use_cache": False},
     "chunked prefill": {"prefill_chunk_size": 7},
 }
