@@ -20,7 +20,9 @@ import tidaldecode
 from tidaldecode import TidalConfig, TidalError, graph_generate
 from tidaldecode.errors import ShortOfMemoryError
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
+from tidaldecode.integrations.transformers.graph_generate import can_graph
 from tidaldecode.integrations.transformers.static_cache import FixedLayer
+from tidaldecode.kernels import dispatch
 
 STEP = importlib.import_module("tidaldecode.integrations.transformers.decode_step")
 HANDLE = importlib.import_module("tidaldecode.integrations.transformers.handle")
@@ -240,7 +242,7 @@ def test_a_streamer_sees_what_plain_generate_shows_it():
 def on_gpu(monkeypatch):
     """Plain generate takes the loop, as it does on a GPU; counts the calls that reach it."""
     calls = []
-    monkeypatch.setattr(HANDLE, "can_graph", lambda model: True)
+    monkeypatch.setattr(HANDLE, "can_graph", lambda model, handle: True)
     step = DecodeStep.prefill
     monkeypatch.setattr(
         DecodeStep, "prefill", lambda self, *args: calls.append(1) or step(self, *args)
@@ -301,6 +303,35 @@ def test_a_generation_config_is_read_as_plain_generate_reads_it(on_gpu):
         greedy = model.generate(prompt(24), generation_config=config, num_beams=1)
         assert on_gpu
         assert beams.shape == greedy.shape == (1, 29)
+
+
+def test_scores_that_someone_watches_are_shown(on_gpu):
+    model, seen = build("Llama"), []
+    options = {"output_logits": False, "return_dict_in_generate": False}
+    with tidaldecode.enable(model, **SMALL) as handle:
+        handle.on_scores = lambda layer, scores: seen.append(layer)
+        run(model, prompt(24), **options)
+        assert seen and not on_gpu
+        with pytest.raises(TidalError, match=r"^on_scores: expected None"):
+            run(model, prompt(24), custom_generate=graph_generate, **options)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [({}, True), ({"backend": "torch"}, False), ({"preset": "quest"}, False)],
+)
+def test_only_steps_that_ask_nothing_of_the_host_are_captured(settings, expected, monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    model = build("Llama")
+    config = TidalConfig(**SMALL, **settings) if "preset" not in settings else None
+    config = config or TidalConfig.preset("quest", budget=32)
+    with tidaldecode.enable(model, config) as handle:
+        assert not can_graph(model, handle)  # on a CPU
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        assert can_graph(model, handle) == expected
+        monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+        assert not can_graph(model, handle)
+        monkeypatch.undo()
 
 
 def test_disabling_takes_the_route_off(on_gpu):

@@ -6,14 +6,14 @@ real. Full attention runs through the same step, with a plan of dense layers.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tidaldecode.bench.shapes import KEY_SPREAD
+from tidaldecode.bench.timing import now, summarise
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers import enable
@@ -23,8 +23,6 @@ from tidaldecode.integrations.transformers.footprint import measure_footprint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-KEY_SPREAD = 2.0
-"""Standard deviation of the random keys: logits then spread about as far as trained models' do."""
 _SLACK = 64
 """Tokens of the capacity behind the context, for the steps that are timed."""
 
@@ -71,9 +69,9 @@ def read_bandwidth(device: torch.device) -> float:
     memory = torch.zeros(size // 4, dtype=torch.float32, device=device)
     times = []
     for _ in range(7):
-        begin = _now(device)
+        begin = now(device)
         memory.sum()
-        times.append(_now(device) - begin)
+        times.append(now(device) - begin)
     return size / min(times)
 
 
@@ -107,7 +105,7 @@ def time_steps(
                 step.use_cache(cache)
             step.resume(context)
             footprint = measure_footprint(model, handle.config, context)
-            times = _time(step, steps)
+            timing = summarise(_time(step, steps))
             weights = _weight_bytes(model)
             kv = batch * (footprint.full_bytes if config is None else footprint.kv_bytes)
             results.append(
@@ -116,9 +114,9 @@ def time_steps(
                     plan=str(plan),
                     context=context,
                     batch=batch,
-                    milliseconds=statistics.median(times),
-                    low_ms=_percentile(times, 0.1),
-                    high_ms=_percentile(times, 0.9),
+                    milliseconds=timing.median_ms,
+                    low_ms=timing.low_ms,
+                    high_ms=timing.high_ms,
                     weight_bytes=weights,
                     kv_bytes=kv,
                     floor_ms=1e3 * (weights + kv) / bandwidth,
@@ -147,19 +145,12 @@ def _time(step: DecodeStep, steps: int, warm_up: int = 3) -> list[float]:
     device = step.tokens.device
     times = []
     for index in range(warm_up + steps):
-        begin = _now(device)
+        begin = now(device)
         step.run()
-        elapsed = _now(device) - begin
+        elapsed = now(device) - begin
         if index >= warm_up:
             times.append(1e3 * elapsed)
     return times
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once everything before is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
@@ -168,11 +159,6 @@ def _weight_bytes(model: PreTrainedModel) -> int:
     read = sum(p.numel() * p.element_size() for p in model.parameters())
     tied = embedding.data_ptr() == head.data_ptr()
     return int(read if tied else read - embedding.numel() * embedding.element_size())
-
-
-def _percentile(times: Sequence[float], share: float) -> float:
-    ordered = sorted(times)
-    return ordered[round(share * (len(ordered) - 1))]
 
 
 def check_contexts(contexts: Sequence[int], model: PreTrainedModel) -> None:

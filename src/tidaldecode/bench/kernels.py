@@ -7,15 +7,14 @@ holds. On a GPU they are recorded in one CUDA graph, and what is timed is its re
 from __future__ import annotations
 
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tidaldecode.bench.decode import KEY_SPREAD
+from tidaldecode.bench.shapes import KEY_SPREAD
+from tidaldecode.bench.timing import Timing, now, summarise
 from tidaldecode.errors import TidalError
 from tidaldecode.kernels import Selection, dense_decode, dense_select, sparse_decode
 from tidaldecode.kernels.scratch import Scratch
@@ -36,10 +35,10 @@ class Case:
     context: int
     budget: int
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Of one row, in 16 bits."""
-        return 2 * self.kv_heads * self.head_dim * 2
+    def kv_bytes(self, dtype: torch.dtype) -> int:
+        """K and V of all rows."""
+        values = 2 * self.batch * self.kv_heads * self.context * self.head_dim
+        return values * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Layers:
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self.case = case
         shape = (case.batch, case.kv_heads, case.context, case.head_dim)
-        layer_bytes = 2 * case.batch * case.kv_heads * case.context * case.head_dim * dtype.itemsize
+        layer_bytes = case.kv_bytes(dtype)
         count = max(2, min(_MOST_LAYERS, _ENOUGH_BYTES[device.type] // max(layer_bytes, 1)))
 
         def random(*size: int) -> torch.Tensor:
@@ -137,20 +136,20 @@ def time_case(
 ) -> list[KernelTime]:
     """Time every kernel of a case. Errors: `TidalError` where memory is short."""
     layers = Layers(case, device, dtype)
-    cached = case.batch * case.context * case.kv_bytes_per_token * dtype.itemsize // 2
+    cached = case.kv_bytes(dtype)
     selected = cached * min(case.budget, case.context) // case.context
     results = []
     for name, kernel in layers.kernels().items():
         if name == "FlashInfer" and case.batch != 1:
             continue
-        times = _time(kernel, len(layers.kv), device, repetitions)
+        timing = _time(kernel, len(layers.kv), device, repetitions)
         results.append(
             KernelTime(
                 case,
                 name,
-                statistics.median(times),
-                times[round(0.1 * (len(times) - 1))],
-                times[round(0.9 * (len(times) - 1))],
+                1e3 * timing.median_ms,
+                1e3 * timing.low_ms,
+                1e3 * timing.high_ms,
                 selected if name.startswith("sparse") else cached,
             )
         )
@@ -159,8 +158,8 @@ def time_case(
 
 def _time(
     kernel: Callable[[int], Any], layers: int, device: torch.device, repetitions: int
-) -> list[float]:
-    """Microseconds a layer of each of ``repetitions`` walks through all layers, ascending."""
+) -> Timing:
+    """Milliseconds a layer, over ``repetitions`` walks through all layers."""
 
     def walk() -> None:
         for layer in range(layers):
@@ -178,14 +177,10 @@ def _time(
             replay()
     times = []
     for _ in range(repetitions):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
+        begin = now(device)
         replay()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1e6 * (time.perf_counter() - begin) / layers)
-    return sorted(times)
+        times.append(1e3 * (now(device) - begin) / layers)
+    return summarise(times)
 
 
 def cases_of(

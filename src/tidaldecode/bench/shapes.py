@@ -9,6 +9,9 @@ from tidaldecode.errors import TidalError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+KEY_SPREAD = 2.0
+"""Standard deviation of random keys: logits then spread about as far as trained models' do."""
+
 _LLAMA: dict[str, Any] = {"rope_theta": 5e5, "max_position_embeddings": 1 << 20}
 
 # Name: the transformers configuration class, and what it is given.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,20 @@ def time_interleaved(
             if index >= warmup:
                 samples[name].append(1e3 * elapsed)
         on_round()
-    return {name: _summarise(values) for name, values in samples.items()}
+    return {name: summarise(values) for name, values in samples.items()}
 
 
-def _summarise(values: list[float]) -> Timing:
+def summarise(values: Sequence[float]) -> Timing:
+    """Median and percentiles of repetitions in milliseconds."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return Timing(
         statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
     )
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once everything that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

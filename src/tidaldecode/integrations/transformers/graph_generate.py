@@ -22,8 +22,10 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
+from tidaldecode.algorithm import Role
 from tidaldecode.errors import ShortOfMemoryError, TidalError
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
+from tidaldecode.kernels.dispatch import resolve_backend
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -59,16 +61,29 @@ def graph_generate(
 
     handle = enabled_handle(model)
     _refuse(generation_config, model_kwargs, synced_gpus)
+    if handle.on_scores is not None:
+        raise TidalError(
+            "on_scores: expected None, since a captured step shows its scores to nobody, got a "
+            "function; leave custom_generate out"
+        )
+    run = functools.partial(
+        _generate,
+        handle,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        token_streamer,
+        model_kwargs.get("attention_mask"),
+    )
     try:
-        return _generate(handle, input_ids, logits_processor, stopping_criteria, generation_config,
-                         token_streamer, model_kwargs.get("attention_mask"))  # fmt: skip
+        return run()
     except ShortOfMemoryError:
         # Steps of other batch sizes hold memory that this call may do with.
         if not handle.steps.clear():
             raise
     torch.cuda.empty_cache()
-    return _generate(handle, input_ids, logits_processor, stopping_criteria, generation_config,
-                     token_streamer, model_kwargs.get("attention_mask"))  # fmt: skip
+    return run()
 
 
 def _generate(
@@ -92,19 +107,31 @@ def _generate(
         return loop.general(processors, config.do_sample)
 
 
-def can_graph(model: PreTrainedModel) -> bool:
-    """Whether the model sits on one GPU and nothing moves its weights about."""
+def can_graph(model: PreTrainedModel, handle: TidalHandle) -> bool:
+    """Whether generate's decode steps can be captured: one GPU, Triton kernels, and no page bounds."""
     spread = getattr(model, "hf_device_map", None)
-    return model.device.type == "cuda" and (spread is None or len(set(spread.values())) == 1)
+    if model.device.type != "cuda" or (spread is not None and len(set(spread.values())) > 1):
+        return False
+    shape = handle.shape
+    group = shape.query_heads // shape.kv_heads
+    backend = resolve_backend(
+        handle.config.backend,
+        model.device,
+        dtype=model.dtype,
+        head_dim=shape.head_dim,
+        group=group,
+    )
+    # The PyTorch kernels ask the device for lengths, and so do page bounds.
+    return backend == "triton" and Role.ESTIMATE not in handle.plan.roles
 
 
-def graphed(model: PreTrainedModel) -> Callable[..., Any]:
+def graphed(model: PreTrainedModel, handle: TidalHandle) -> Callable[..., Any]:
     """``model.generate`` that takes `graph_generate` wherever it gives the same, and else itself."""
     generate = model.generate
 
     @functools.wraps(generate)
     def routed(*args: Any, **kwargs: Any) -> Any:
-        if not _suits(model, args, kwargs):
+        if handle.on_scores is not None or not _suits(model, args, kwargs):
             return generate(*args, **kwargs)
         streamer = kwargs.get("streamer")
         extra = {} if streamer is None else {"token_streamer": streamer}

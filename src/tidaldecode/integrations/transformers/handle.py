@@ -53,9 +53,9 @@ class TidalHandle:
             decoder.register_forward_hook(self._after, with_kwargs=True),
         ]
         setattr(model, _ATTRIBUTE, self)
-        self._routes = self.config.cuda_graph is not False and can_graph(model)
+        self._routes = self.config.cuda_graph is not False and can_graph(model, self)
         if self._routes:
-            model.generate = graphed(model)
+            model.generate = graphed(model, self)
 
     def disable(self) -> None:
         """Restore the model exactly as it was. Does nothing the second time."""
