@@ -73,7 +73,7 @@ def test_a_budget_beyond_the_context_is_refused(capsys):
 
 def test_bytes_are_those_of_weights_and_of_what_each_layer_reads(tiny):
     methods = {"full": None, "tidal": TidalConfig(budget=32, select_layers=(2,))}
-    full, tidal = time_steps(tiny, methods, context=128, batch=3, steps=3, bandwidth=1e9)
+    full, tidal = time_steps(tiny, methods, sizes=[(128, 3)], steps=3, bandwidth=1e9)
     token = 2 * 2 * 16 * 4  # K and V of two heads of 16 in fp32
     assert full.kv_bytes == 3 * 6 * 128 * token
     assert tidal.kv_bytes == 3 * (3 * 128 + 3 * 32) * token
@@ -83,7 +83,7 @@ def test_bytes_are_those_of_weights_and_of_what_each_layer_reads(tiny):
 
 
 def test_the_model_is_left_as_it_was(tiny):
-    time_steps(tiny, {"full": None}, context=16, batch=1, steps=3, bandwidth=1e9)
+    time_steps(tiny, {"full": None}, sizes=[(16, 1)], steps=3, bandwidth=1e9)
     assert tiny.config._attn_implementation == "sdpa"
 
 

@@ -150,13 +150,36 @@ def test_a_dense_plan_gives_the_hosts_own_tokens():
 @pytest.mark.parametrize("family", [*MODELS, "Mixtral"])
 def test_a_compiled_step_is_one_graph_and_gives_the_same_tokens(family, monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(STEP, "COMPILER", {"backend": "eager", "fullgraph": True})
+    monkeypatch.setattr(STEP, "COMPILER", {"backend": "eager"})
     model = build(family)
     ids = torch.cat([prompt(24), prompt(24, seed=2)])
     with tidaldecode.enable(model, **SMALL, cuda_graph="compiled"):
         plain, graphed = both(model, ids)
     assert torch.equal(plain.sequences, graphed.sequences)
     torch.testing.assert_close(logits_of(graphed), logits_of(plain), atol=2e-4, rtol=2e-4)
+
+
+def test_steps_of_every_plan_and_capacity_share_one_compilation(monkeypatch):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(STEP, "COMPILER", {"backend": backend})
+    model = build("Llama")
+    with tidaldecode.enable(model, **SMALL, cuda_graph="compiled") as handle:
+        for plan, capacity in (
+            (handle.plan, 64),
+            (dense_plan(handle.plan), 96),
+            (handle.plan, 128),
+        ):
+            step = DecodeStep(model, handle.config, plan, batch=1, capacity=capacity)
+            step.prefill(prompt(capacity - 4))
+            step.run()
+            step.run()
+    assert len(graphs) == 1
 
 
 def test_steps_of_several_threads_do_not_mix():

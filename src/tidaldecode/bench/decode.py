@@ -7,11 +7,12 @@ real. Full attention runs through the same step, with a plan of dense layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tidaldecode.bench.breakdown import step_parts
 from tidaldecode.bench.shapes import KEY_SPREAD
 from tidaldecode.bench.timing import now, summarise
 from tidaldecode.config import TidalConfig
@@ -19,6 +20,7 @@ from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers import enable
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
 from tidaldecode.integrations.transformers.footprint import measure_footprint
+from tidaldecode.integrations.transformers.settings import resolve_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -47,6 +49,8 @@ class StepTime:
     """Read by a step: keys and values of all rows."""
     floor_ms: float
     """Both of them at the bandwidth that a plain sum reaches."""
+    parts_ms: dict[str, float] = field(default_factory=dict)
+    """Where one step's time goes (`tidaldecode.bench.breakdown`); empty on a CPU."""
 
     @property
     def times_floor(self) -> float:
@@ -80,51 +84,61 @@ def time_steps(
     model: PreTrainedModel,
     methods: dict[str, TidalConfig | None],
     *,
-    context: int,
-    batch: int,
+    sizes: Sequence[tuple[int, int]],
     steps: int,
     bandwidth: float,
     on_method: Callable[[], None] = lambda: None,
 ) -> list[StepTime]:
-    """Time every method, None being full attention, at ``context`` cached tokens.
+    """Time every method, None being full attention, at every ``(cached tokens, rows)`` of ``sizes``.
 
     Errors: `TidalError` for methods that the model cannot run, and too little memory.
     """
     results = []
-    cache = None
-    for name, config in methods.items():
-        with enable(model, config or _any_config(methods)) as handle:
-            plan = handle.plan if config is not None else dense_plan(handle.plan)
-            step = DecodeStep(
-                model, handle.config, plan, batch=batch, capacity=context + _SLACK + steps
-            )
-            if cache is None:
-                cache = step.cache
-                _fill(step)
-            else:
-                step.use_cache(cache)
-            step.resume(context)
-            footprint = measure_footprint(model, handle.config, context)
-            timing = summarise(_time(step, steps))
-            weights = _weight_bytes(model)
-            kv = batch * (footprint.full_bytes if config is None else footprint.kv_bytes)
-            results.append(
-                StepTime(
-                    method=name,
-                    plan=str(plan),
-                    context=context,
-                    batch=batch,
-                    milliseconds=timing.median_ms,
-                    low_ms=timing.low_ms,
-                    high_ms=timing.high_ms,
-                    weight_bytes=weights,
-                    kv_bytes=kv,
-                    floor_ms=1e3 * (weights + kv) / bandwidth,
+    # Enabled once for all: a model that is enabled anew is compiled anew.
+    with enable(model, _any_config(methods)) as handle:
+        for context, batch in sizes:
+            cache = None
+            for name, config in methods.items():
+                settings, plan = handle.config, dense_plan(handle.plan)
+                if config is not None:
+                    settings, plan, _ = resolve_settings(model, handle.shape, config, {})
+                capacity = context + _SLACK + steps
+                step = DecodeStep(model, settings, plan, batch=batch, capacity=capacity)
+                if cache is None:
+                    cache = step.cache
+                    _fill(step)
+                else:
+                    step.use_cache(cache)
+                results.append(
+                    _time_step(step, name, config is not None, context, steps, bandwidth)
                 )
-            )
-            step.close()
-        on_method()
+                step.close()
+                on_method()
     return results
+
+
+def _time_step(
+    step: DecodeStep, method: str, sparse: bool, context: int, steps: int, bandwidth: float
+) -> StepTime:
+    """Time one step, and count what it reads."""
+    step.resume(context)
+    timing = summarise(_time(step, steps))
+    footprint = measure_footprint(step.model, step.config, context)
+    weights = _weight_bytes(step.model)
+    kv = step.batch * (footprint.kv_bytes if sparse else footprint.full_bytes)
+    return StepTime(
+        method=method,
+        plan=str(step.plan),
+        context=context,
+        batch=step.batch,
+        milliseconds=timing.median_ms,
+        low_ms=timing.low_ms,
+        high_ms=timing.high_ms,
+        weight_bytes=weights,
+        kv_bytes=kv,
+        floor_ms=1e3 * (weights + kv) / bandwidth,
+        parts_ms=step_parts(step, timing.median_ms),
+    )
 
 
 def _any_config(methods: dict[str, TidalConfig | None]) -> TidalConfig:

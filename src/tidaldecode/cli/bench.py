@@ -96,20 +96,17 @@ def decode(
             cuda_graph="compiled" if compiled else "auto",
         )
     bandwidth = read_bandwidth(place)
-    results = []
+    sizes = [(tokens, rows) for tokens in contexts for rows in batches]
     with rows_progress(console) as progress:
-        bar = progress.add_task("methods", total=len(contexts) * len(batches) * len(methods))
-        for tokens in contexts:
-            for rows in batches:
-                results += time_steps(
-                    loaded,
-                    methods,
-                    context=tokens,
-                    batch=rows,
-                    steps=steps,
-                    bandwidth=bandwidth,
-                    on_method=lambda: progress.advance(bar),
-                )
+        bar = progress.add_task("methods", total=len(sizes) * len(methods))
+        results = time_steps(
+            loaded,
+            methods,
+            sizes=sizes,
+            steps=steps,
+            bandwidth=bandwidth,
+            on_method=lambda: progress.advance(bar),
+        )
     console.print(_table(results, f"{name} ({dtype}); floor at {bandwidth / 1e12:.2f} TB/s"))
     if json_file is not None or plot_file is not None:
         record = run_record(

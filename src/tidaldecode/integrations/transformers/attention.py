@@ -20,7 +20,7 @@ from tidaldecode.algorithm import DecodeState, LayerPlan, Role, decode_attention
 from tidaldecode.config import TidalConfig
 from tidaldecode.engine import OnScores
 from tidaldecode.errors import TidalError
-from tidaldecode.integrations.transformers.step_layers import step_attention
+from tidaldecode.integrations.transformers.step_layers import check_window, step_attention
 
 NAME = "tidal"
 HOST = "sdpa"
@@ -90,23 +90,20 @@ def tidal_attention_forward(
         )
     forward.reached = True
     layer = cast(int, module.layer_idx)
-    role = forward.plan[layer]
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise TidalError(
                 f"layer {layer}: expected plain softmax attention, got {name} from the "
                 "model, which the kernels do not have"
             )
-    if role is not Role.HOST and kwargs.get("sliding_window") is not None:
-        raise TidalError(
-            f"layer {layer}: expected full attention, got "
-            f"sliding_window={kwargs['sliding_window']} from the model"
-        )
+    window = kwargs.get("sliding_window")
     if forward.on_device:
+        # The plan is not looked at: one compilation of a model serves every plan.
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        window = kwargs.get("sliding_window")
         newest = (states[:, :, 0] for states in (query, key, value))
         return step_attention(*newest, layer, window, scale)[:, None], None
+    role = forward.plan[layer]
+    check_window(layer, role, window)
     decodes = query.shape[2] == 1 and not (torch.is_grad_enabled() and query.requires_grad)
     if decodes and role is not Role.HOST and forward.state is None:
         forward.begin(key, attention_mask)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _WARM_UPS = 2
 COMPILER: dict[str, Any] = {"options": {"coordinate_descent_tuning": True}}
-"""How torch.compile fuses a step; products with few rows then run as fused reductions."""
+"""How torch.compile fuses a step: for one row, products then run as fused reductions."""
 
 
 class DecodeStep:
@@ -61,9 +61,9 @@ class DecodeStep:
         self.length = 0
         self._position_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._layers = StepLayers(config, plan, self.cache, self.seq_lens, self.starts)
-        self._call = self._decode
+        self._call = _decode
         if config.cuda_graph == "compiled":
-            self._call = torch.compile(self._decode, dynamic=False, **COMPILER)
+            self._call = torch.compile(_decode, dynamic=False, fullgraph=True, **COMPILER)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._host_mask = _pass_through_mask(model, device)
 
@@ -147,24 +147,13 @@ class DecodeStep:
     def _step(self) -> None:
         """What is captured: decode, choose, move on."""
         with self._layers.running():
-            self.logits = self._call(self.tokens, self._position_ids)
-        self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
+            forward = Forward(self.config, self.plan, on_device=True)
+            self.logits, likeliest = self._call(
+                self.model, self.tokens, self._position_ids, self.cache, self._host_mask, forward
+            )
+        self.tokens.copy_(likeliest)
         self.seq_lens.add_(1)
         self._position_ids.add_(1)
-
-    def _decode(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Logits ``[B, vocabulary]`` of ``tokens [B, 1]``."""
-        forward = Forward(self.config, self.plan, on_device=True)
-        output = self.model(
-            tokens,
-            past_key_values=self.cache,
-            position_ids=position_ids,
-            attention_mask=self._host_mask,
-            use_cache=True,
-            **{KEYWORD: forward},
-        )
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
 
     def _capture(self) -> None:
         """Compile and allocate on a side stream, then record the step once."""
@@ -211,6 +200,30 @@ class DecodeStep:
             f"({self.batch * self.capacity * token / 2**30:.1f} GiB) and the step that uses it, found "
             f"too little on {self.tokens.device} ({reason}); use fewer rows or tokens"
         )
+
+
+def _decode(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: FixedCache,
+    mask: Any,
+    forward: Forward,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``[B, vocabulary]`` of ``tokens [B, 1]``, and the most likely next tokens ``[B, 1]``.
+
+    A function, not a method, so that all steps of a model share what is compiled.
+    """
+    output = model(
+        tokens,
+        past_key_values=cache,
+        position_ids=position_ids,
+        attention_mask=mask,
+        use_cache=True,
+        **{KEYWORD: forward},
+    )
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits, logits.argmax(-1, keepdim=True)
 
 
 def dense_plan(plan: LayerPlan) -> LayerPlan:

@@ -73,10 +73,12 @@ class StepLayers:
     ) -> torch.Tensor:
         """Cache the newest ``k, v [B, Hkv, D]`` and attend with ``q [B, Hq, D]``; returns its like."""
         assert self._state is not None
+        role = self.plan[layer]
+        check_window(layer, role, window)
         filled = self.cache.layers[layer]
         backend = self.config.backend
         append_token(filled.keys, filled.values, k, v, self.seq_lens, backend=backend)
-        if self.plan[layer] is not Role.HOST:
+        if role is not Role.HOST:
             return decode_attention(
                 q, filled.keys, filled.values, layer, self.plan, self._state, scale=scale
             )
@@ -96,6 +98,14 @@ class StepLayers:
             backend=backend,
         )
         return out
+
+
+def check_window(layer: int, role: Role, window: int | None) -> None:
+    """Errors: `TidalError` for a planned layer that the model gives a sliding window."""
+    if role is not Role.HOST and window is not None:
+        raise TidalError(
+            f"layer {layer}: expected full attention, got sliding_window={window} from the model"
+        )
 
 
 @torch.library.custom_op("tidaldecode::step_attention", mutates_args=())

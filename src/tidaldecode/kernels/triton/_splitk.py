@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
+
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E = 1.4426950408889634
 
@@ -69,8 +71,10 @@ def _merge_kernel(
     AT_ONCE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(B * Hq,)``: merges the splits of one query head."""
+    wait_for_predecessor(OVERLAP)
     query = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, DP)
     peak = tl.full([1], float("-inf"), tl.float32)
@@ -138,6 +142,7 @@ class SplitOutputs:
             D=head_dim,
             DP=triton.next_power_of_2(head_dim),
             num_warps=4,
+            **overlap(self.out.device),
         )  # fmt: skip
 
 

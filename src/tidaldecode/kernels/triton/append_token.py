@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
+
 
 @triton.jit
 def _append_kernel(
@@ -16,8 +18,10 @@ def _append_kernel(
     v_row, v_head, v_channel,
     D: tl.constexpr,
     DP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(Hkv, B)``."""
+    wait_for_predecessor(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     last = tl.load(seq_lens + row).to(tl.int64) - 1
     channel = tl.arange(0, DP)
@@ -50,4 +54,5 @@ def append_token(
         D=head_dim,
         DP=triton.next_power_of_2(head_dim),
         num_warps=1,
+        **overlap(k.device),
     )  # fmt: skip

@@ -9,6 +9,7 @@ import triton.language as tl
 from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import ScoreKind
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
+from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import (
     LOG2E,
     SplitOutputs,
@@ -35,8 +36,10 @@ def _dense_kernel(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(SPLITS, Hkv, B)``: one program attends to one stretch of one KV head's tokens."""
+    wait_for_predecessor(OVERLAP)
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     end = tl.load(seq_lens + row)
@@ -167,6 +170,7 @@ def attend(
         SPLITS=splits,
         num_warps=warps,
         num_stages=stages,
+        **overlap(q.device),
     )  # fmt: skip
     results.merge()
     return results.out, results.lse, logits

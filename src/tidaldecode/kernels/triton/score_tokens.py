@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._radix import BINS, token_key
 from tidaldecode.kernels.triton._splitk import LN2, LOG2E
 from tidaldecode.kernels.triton.select_tokens import SelectionBuffers, count_bins
@@ -25,12 +26,14 @@ def _score_kernel(
     COUNT: tl.constexpr,
     PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(ceil(W / TOKENS), B * R)``: scores of some tokens of one set, over its ``HEADS`` heads.
 
     With ``COUNT`` the tokens' bins are added to the histograms, and scores outside the row's range stay
     void; without it they are -inf.
     """
+    wait_for_predecessor(OVERLAP)
     part, index = tl.program_id(0), tl.program_id(1)
     row = index // sets
     end = tl.load(seq_lens + row)
@@ -101,5 +104,6 @@ def score_tokens(
         PADDED=starts is not None,
         TOKENS=TOKENS,
         num_warps=4,
+        **overlap(logits.device),
     )  # fmt: skip
     return scores

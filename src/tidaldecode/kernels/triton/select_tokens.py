@@ -20,6 +20,7 @@ import triton.language as tl
 from tidaldecode.errors import TidalError
 from tidaldecode.kernels.scratch import Scratch
 from tidaldecode.kernels.select_tokens import Selection
+from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._radix import (
     BINS,
     DIGIT_BITS,
@@ -57,9 +58,12 @@ def _read_keys(source, stride, token, there, start, end, sinks, recents):
 
 @triton.jit
 def count_bins(key, there, histogram):
-    """Add the bins of the tokens that are ``there`` to ``histogram [BINS]``."""
-    counts = tl.histogram(key_bin(key), BINS, mask=there)
-    tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
+    """Add the bins of the tokens that are ``there`` to ``histogram [BINS]``.
+
+    The lowest bin, which holds most tokens of a sharp distribution, is left out: it is what remains.
+    """
+    bins = key_bin(key)
+    tl.atomic_add(histogram + bins, 1, mask=there & (bins > 0), sem="relaxed")
 
 
 @triton.jit
@@ -67,8 +71,10 @@ def _count_kernel(
     scores, seq_lens, starts, histograms, listed,
     sets, score_row, score_set, score_token, sinks, recents,
     PADDED: tl.constexpr, STRETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(stretches, B * R)``."""
+    wait_for_predecessor(OVERLAP)
     stretch, index = tl.program_id(0), tl.program_id(1)
     row = index // sets
     start, end = _row_range(seq_lens, starts, row, PADDED)
@@ -88,8 +94,10 @@ def _candidates_kernel(
     scores, seq_lens, starts, histograms, listed, candidates, above, found,
     sets, stretches, score_row, score_set, score_token, budget, sinks, recents,
     PADDED: tl.constexpr, STRETCH: tl.constexpr, LISTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(stretches, B * R)``; ``found [B * R, 2]``: the last bin, and how many to take of it."""
+    wait_for_predecessor(OVERLAP)
     stretch, index = tl.program_id(0), tl.program_id(1)
     row = index // sets
     start, end = _row_range(seq_lens, starts, row, PADDED)
@@ -99,7 +107,10 @@ def _candidates_kernel(
         there = (token >= start) & (token < end)
         source = scores + row.to(tl.int64) * score_row + (index % sets).to(tl.int64) * score_set
         key = _read_keys(source, score_token, token, there, start, end, sinks, recents)
-        histogram = tl.load(histograms + index * BINS + tl.arange(0, BINS))
+        bin_numbers = tl.arange(0, BINS)
+        histogram = tl.load(histograms + index * BINS + bin_numbers)
+        remaining = end - start - tl.sum(histogram, 0)
+        histogram = tl.where(bin_numbers == 0, remaining, histogram)
         wanted = tl.minimum(budget, end - start)
         last_bin, larger, _ = nth_largest(histogram, wanted, BINS)
         if stretch == 0:
@@ -127,8 +138,10 @@ def _emit_kernel(
     sets, stretches, score_row, score_set, score_token, budget, sinks, recents,
     PADDED: tl.constexpr, STRETCH: tl.constexpr, LISTED: tl.constexpr,
     FEW: tl.constexpr, TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(stretches, B * R)``."""
+    wait_for_predecessor(OVERLAP)
     stretch, index = tl.program_id(0), tl.program_id(1)
     row = index // sets
     start, end = _row_range(seq_lens, starts, row, PADDED)
@@ -291,23 +304,24 @@ def select_tokens(
     if batch == 0:
         return Selection(positions, counts)
     grid = (buffers.stretches, batch * sets)
+    launch = overlap(scores.device)
     padded = starts is not None
     if counted is None:
         _count_kernel[grid](
             scores, seq_lens, starts, buffers.histograms, buffers.listed,
             sets, *scores.stride(), sink_tokens, recent_tokens,
-            PADDED=padded, STRETCH=STRETCH, num_warps=_WARPS,
+            PADDED=padded, STRETCH=STRETCH, num_warps=_WARPS, **launch,
         )  # fmt: skip
     _candidates_kernel[grid](
         scores, seq_lens, starts, buffers.histograms, buffers.listed, buffers.candidates,
         buffers.above, buffers.found,
         sets, buffers.stretches, *scores.stride(), budget, sink_tokens, recent_tokens,
-        PADDED=padded, STRETCH=STRETCH, LISTED=_LISTED, num_warps=_WARPS,
+        PADDED=padded, STRETCH=STRETCH, LISTED=_LISTED, num_warps=_WARPS, **launch,
     )  # fmt: skip
     _emit_kernel[grid](
         scores, seq_lens, starts, buffers.histograms, buffers.listed, buffers.candidates,
         buffers.above, buffers.found, buffers.positions, buffers.counts,
         sets, buffers.stretches, *scores.stride(), budget, sink_tokens, recent_tokens,
-        PADDED=padded, STRETCH=STRETCH, LISTED=_LISTED, FEW=_FEW, TILE=_TILE, num_warps=_WARPS,
+        PADDED=padded, STRETCH=STRETCH, LISTED=_LISTED, FEW=_FEW, TILE=_TILE, num_warps=_WARPS, **launch,
     )  # fmt: skip
     return Selection(positions, counts)

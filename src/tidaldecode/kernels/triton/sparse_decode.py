@@ -9,6 +9,7 @@ import triton.language as tl
 from tidaldecode.kernels import layout
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
+from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import (
     LOG2E,
     SplitOutputs,
@@ -34,8 +35,10 @@ def _sparse_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     SHARED_SET: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(SPLITS, H, B)``, H = max(R, Hkv): one program, one stretch of one head's selection."""
+    wait_for_predecessor(OVERLAP)
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     kv_head = head // (heads // kv_heads)
@@ -139,6 +142,7 @@ def sparse_decode(
         SHARED_SET=sets == 1,
         num_warps=warps,
         num_stages=stages,
+        **overlap(q.device),
     )  # fmt: skip
     results.merge()
     return results.out, results.lse

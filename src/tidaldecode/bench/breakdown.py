@@ -1,0 +1,53 @@
+"""Where the time of one decode step goes on a GPU: its kernels, sorted by what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from tidaldecode.integrations.transformers.decode_step import DecodeStep
+
+DENSE, SELECTION, SPARSE = "attention to all tokens", "selection", "attention to selected tokens"
+REST, GAPS = "weights and the rest of the model", "between kernels"
+PARTS = (REST, DENSE, SELECTION, SPARSE, GAPS)
+"""Keys of `step_parts`, in the order in which they are stacked."""
+
+_KERNELS = {
+    "_dense_kernel": DENSE,
+    "_score_kernel": SELECTION,
+    "_count_kernel": SELECTION,
+    "_candidates_kernel": SELECTION,
+    "_emit_kernel": SELECTION,
+    "_sparse_kernel": SPARSE,
+}
+_MERGE = "_merge_kernel"
+"""Belongs to the attention before it."""
+
+
+def step_parts(step: DecodeStep, milliseconds: float) -> dict[str, float]:
+    """Milliseconds of every part of a step that takes ``milliseconds`` unwatched; {} on a CPU."""
+    if not step.tokens.is_cuda:
+        return {}
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step.run()
+        torch.cuda.synchronize(step.tokens.device)
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    parts = sort_kernels((event.name, event.device_time_total / 1e3) for event in events)
+    parts[GAPS] = max(0.0, milliseconds - sum(parts.values()))
+    return parts
+
+
+def sort_kernels(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The time of kernels ``(name, milliseconds)``, in the order in which they ran, by part."""
+    parts = dict.fromkeys(PARTS, 0.0)
+    attention = DENSE
+    for name, milliseconds in kernels:
+        part = attention if name == _MERGE else _KERNELS.get(name, REST)
+        if part in (DENSE, SPARSE):
+            attention = part
+        parts[part] += milliseconds
+    return parts

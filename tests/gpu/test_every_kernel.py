@@ -1,0 +1,65 @@
+"""Every Triton kernel a few times at small sizes: quick enough for a memory checker.
+
+compute-sanitizer --tool memcheck python -m pytest tests/gpu/test_every_kernel.py
+compute-sanitizer --tool racecheck python -m pytest tests/gpu/test_every_kernel.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import Case, lay_out
+
+from tidaldecode.kernels import (
+    append_token,
+    dense_decode,
+    dense_select,
+    select_tokens,
+    sparse_decode,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+BATCH, KV_HEADS, GROUP, HEAD_DIM, TOKENS, BUDGET = 3, 2, 4, 64, 3000, 200
+
+
+@pytest.fixture(params=["contiguous", "paged 16"])
+def inputs(request):
+    """Left-padded rows of different lengths, one of them empty, with poison around them."""
+    k, v = (torch.randn(BATCH, KV_HEADS, TOKENS, HEAD_DIM) for _ in range(2))
+    q = torch.randn(BATCH, KV_HEADS * GROUP, HEAD_DIM)
+    seq_lens = torch.tensor([TOKENS, 1700, 5], dtype=torch.int32)
+    starts = torch.tensor([0, 40, 5], dtype=torch.int32)
+    case = Case(q, k, v, seq_lens, starts, HEAD_DIM**-0.5, request.param)
+    cache = lay_out(k.half(), v.half(), request.param, float("nan"), case.valid)
+    moved = {name: None if value is None else value.cuda() for name, value in cache.items()}
+    rows = {"seq_lens": seq_lens.cuda(), "starts": starts.cuda()}
+    return {"q": q.cuda().half(), "scale": case.scale, **moved}, rows
+
+
+def test_attention_and_selection_agree_with_the_plain_path(inputs):
+    attention, rows = inputs
+    options = {"scores": "shared", "budget": BUDGET, "sink_tokens": 4, "recent_tokens": 15}
+    results = []
+    for backend in ("torch", "triton"):
+        out, lse, selection = dense_select(**attention, **rows, **options, backend=backend)
+        dense, _, scores = dense_decode(**attention, **rows, scores="kv_head", backend=backend)
+        chosen = select_tokens(scores, rows["seq_lens"], budget=BUDGET, starts=rows["starts"])
+        for picked in (selection, chosen):
+            sparse, _ = sparse_decode(**attention, selection=picked, backend=backend)
+            assert sparse.isfinite().all()
+        results.append((out.float(), lse, selection.counts, dense.float()))
+    for plain, twin in zip(*results, strict=True):
+        torch.testing.assert_close(twin, plain, atol=4e-3, rtol=4e-3)
+
+
+def test_a_token_is_appended():
+    cache = torch.zeros(2, BATCH, KV_HEADS, 64, HEAD_DIM, device="cuda")
+    new = torch.randn(2, BATCH, KV_HEADS, HEAD_DIM, device="cuda")
+    lens = torch.tensor([1, 30, 64], dtype=torch.int32, device="cuda")
+    append_token(cache[0], cache[1], new[0], new[1], lens)
+    for row, last in enumerate(lens.tolist()):
+        assert torch.equal(cache[:, row, :, last - 1], new[:, row])
+    assert int(cache.count_nonzero()) == int(new.count_nonzero())
