@@ -26,6 +26,7 @@ def _score_kernel(
     COUNT: tl.constexpr,
     PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
+    COPIES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(ceil(W / TOKENS), B * R)``: scores of some tokens of one set, over its ``HEADS`` heads.
@@ -62,7 +63,7 @@ def _score_kernel(
         if COUNT:
             tl.store(target, score, mask=there)
             key = token_key(score, token, start, end, sinks, recents)
-            count_bins(key, there, histograms + index * BINS)
+            count_bins(key, there, histograms + index * COPIES * BINS, part, COPIES)
         else:
             tl.store(target, tl.where(there, score, float("-inf")), mask=token < width)
     elif not COUNT:
@@ -103,6 +104,7 @@ def score_tokens(
         COUNT=count,
         PADDED=starts is not None,
         TOKENS=TOKENS,
+        COPIES=selection.copies if selection else 1,
         num_warps=4,
         **overlap(logits.device),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """select_tokens in Triton: an exact radix selection, several programs to a set, three launches.
 
-1. *count*: histogram of the keys' bins (`_radix`), over all programs of a set.
+1. *count*: histogram of the keys' bins (`_radix`), over all programs of a set; where there are few
+   sets, in several copies, since programs that add to one bin wait for each other.
 2. *candidates*: every program finds the bin in which the last selected token lies, counts its own
    tokens above that bin, and lists those in it.
 3. *emit*: every program sorts out the candidates (a few: at once; many: digit by digit) and writes
@@ -43,6 +44,8 @@ _FEW = 128
 _TILE = 512
 """Candidates that are read at a time if there are more."""
 _WARPS = 4
+_COPIES, _FEW_SETS = 8, 8
+"""Copies of a histogram, where there are at most so many sets."""
 
 
 @triton.jit
@@ -57,12 +60,13 @@ def _read_keys(source, stride, token, there, start, end, sinks, recents):
 
 
 @triton.jit
-def count_bins(key, there, histogram):
-    """Add the bins of the tokens that are ``there`` to ``histogram [BINS]``.
+def count_bins(key, there, histograms, program, COPIES: tl.constexpr):
+    """Add the bins of the tokens that are ``there`` to a copy of a histogram, ``[COPIES, BINS]``.
 
     The lowest bin, which holds most tokens of a sharp distribution, is left out: it is what remains.
     """
     bins = key_bin(key)
+    histogram = histograms + (program % COPIES) * BINS
     tl.atomic_add(histogram + bins, 1, mask=there & (bins > 0), sem="relaxed")
 
 
@@ -70,7 +74,7 @@ def count_bins(key, there, histogram):
 def _count_kernel(
     scores, seq_lens, starts, histograms, listed,
     sets, score_row, score_set, score_token, sinks, recents,
-    PADDED: tl.constexpr, STRETCH: tl.constexpr,
+    PADDED: tl.constexpr, STRETCH: tl.constexpr, COPIES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(stretches, B * R)``."""
@@ -86,14 +90,14 @@ def _count_kernel(
         there = (token >= start) & (token < end)
         source = scores + row.to(tl.int64) * score_row + (index % sets).to(tl.int64) * score_set
         key = _read_keys(source, score_token, token, there, start, end, sinks, recents)
-        count_bins(key, there, histograms + index * BINS)
+        count_bins(key, there, histograms + index * COPIES * BINS, stretch, COPIES)
 
 
 @triton.jit
 def _candidates_kernel(
     scores, seq_lens, starts, histograms, listed, candidates, above, found,
     sets, stretches, score_row, score_set, score_token, budget, sinks, recents,
-    PADDED: tl.constexpr, STRETCH: tl.constexpr, LISTED: tl.constexpr,
+    PADDED: tl.constexpr, STRETCH: tl.constexpr, LISTED: tl.constexpr, COPIES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(stretches, B * R)``; ``found [B * R, 2]``: the last bin, and how many to take of it."""
@@ -108,7 +112,9 @@ def _candidates_kernel(
         source = scores + row.to(tl.int64) * score_row + (index % sets).to(tl.int64) * score_set
         key = _read_keys(source, score_token, token, there, start, end, sinks, recents)
         bin_numbers = tl.arange(0, BINS)
-        histogram = tl.load(histograms + index * BINS + bin_numbers)
+        histogram = tl.zeros([BINS], tl.int32)
+        for copy in tl.static_range(COPIES):
+            histogram += tl.load(histograms + (index * COPIES + copy) * BINS + bin_numbers)
         remaining = end - start - tl.sum(histogram, 0)
         histogram = tl.where(bin_numbers == 0, remaining, histogram)
         wanted = tl.minimum(budget, end - start)
@@ -137,7 +143,7 @@ def _emit_kernel(
     scores, seq_lens, starts, histograms, listed, candidates, above, found, positions, counts,
     sets, stretches, score_row, score_set, score_token, budget, sinks, recents,
     PADDED: tl.constexpr, STRETCH: tl.constexpr, LISTED: tl.constexpr,
-    FEW: tl.constexpr, TILE: tl.constexpr,
+    FEW: tl.constexpr, TILE: tl.constexpr, COPIES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(stretches, B * R)``."""
@@ -197,7 +203,10 @@ def _emit_kernel(
             for at in range(wanted, budget, STRETCH):
                 pad = at + tl.arange(0, STRETCH)
                 tl.store(target + pad, -1, mask=pad < budget)
-            tl.store(histograms + index * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+            nothing = tl.zeros([BINS], tl.int32)
+            for copy in tl.static_range(COPIES):
+                counted_here = histograms + (index * COPIES + copy) * BINS + tl.arange(0, BINS)
+                tl.store(counted_here, nothing)
 
 
 @triton.jit
@@ -246,7 +255,7 @@ class SelectionBuffers:
     """What the three launches hand on, for ``B * R`` sets of up to ``width`` tokens."""
 
     histograms: torch.Tensor
-    """``[B * R * BINS]``, zero before the count and after the emission."""
+    """``[B * R * copies * BINS]``, zero before the count and after the emission."""
     listed: torch.Tensor
     """``[B * R]``, cleared by the count."""
     candidates: torch.Tensor
@@ -255,6 +264,7 @@ class SelectionBuffers:
     positions: torch.Tensor
     counts: torch.Tensor
     stretches: int
+    copies: int
 
     @classmethod
     def make(
@@ -269,7 +279,8 @@ class SelectionBuffers:
         sizes = [sets, sets * stretches, sets * 2, sets * budget, sets]
         ints = torch.empty(sum(sizes), dtype=torch.int32, device=device)
         listed, above, found, positions, counts = torch.split(ints, sizes)
-        bins = sets * BINS.value
+        copies = _COPIES if sets <= _FEW_SETS else 1
+        bins = sets * copies * BINS.value
         return cls(
             histograms=scratch.zeros(bins, device)[:bins],
             listed=listed,
@@ -279,6 +290,7 @@ class SelectionBuffers:
             positions=positions,
             counts=counts,
             stretches=stretches,
+            copies=copies,
         )
 
 
@@ -310,18 +322,20 @@ def select_tokens(
         _count_kernel[grid](
             scores, seq_lens, starts, buffers.histograms, buffers.listed,
             sets, *scores.stride(), sink_tokens, recent_tokens,
-            PADDED=padded, STRETCH=STRETCH, num_warps=_WARPS, **launch,
+            PADDED=padded, STRETCH=STRETCH, COPIES=buffers.copies, num_warps=_WARPS, **launch,
         )  # fmt: skip
     _candidates_kernel[grid](
         scores, seq_lens, starts, buffers.histograms, buffers.listed, buffers.candidates,
         buffers.above, buffers.found,
         sets, buffers.stretches, *scores.stride(), budget, sink_tokens, recent_tokens,
-        PADDED=padded, STRETCH=STRETCH, LISTED=_LISTED, num_warps=_WARPS, **launch,
+        PADDED=padded, STRETCH=STRETCH, LISTED=_LISTED, COPIES=buffers.copies,
+        num_warps=_WARPS, **launch,
     )  # fmt: skip
     _emit_kernel[grid](
         scores, seq_lens, starts, buffers.histograms, buffers.listed, buffers.candidates,
         buffers.above, buffers.found, buffers.positions, buffers.counts,
         sets, buffers.stretches, *scores.stride(), budget, sink_tokens, recent_tokens,
-        PADDED=padded, STRETCH=STRETCH, LISTED=_LISTED, FEW=_FEW, TILE=_TILE, num_warps=_WARPS, **launch,
+        PADDED=padded, STRETCH=STRETCH, LISTED=_LISTED, FEW=_FEW, TILE=_TILE,
+        COPIES=buffers.copies, num_warps=_WARPS, **launch,
     )  # fmt: skip
     return Selection(positions, counts)

@@ -151,8 +151,11 @@ def sparse_decode(
 _PER_PROCESSOR = 2
 """Programs for every multiprocessor: gathers wait long, so more of them have to be under way."""
 
+_FEWEST = 64
+"""Tokens of a tile: smaller ones leave more parts to merge."""
+
 
 def _tile(padded_dim: int, element_size: int, tokens: int) -> tuple[int, int, int]:
     """``(tokens in a tile, warps, pipeline stages)`` for programs that read so many tokens."""
     most = 4096 // padded_dim if element_size == 4 else 8192 // padded_dim
-    return max(16, min(most, triton.next_power_of_2(max(tokens, 1)))), 4, 2
+    return max(16, min(most, max(_FEWEST, triton.next_power_of_2(tokens)))), 4, 2
