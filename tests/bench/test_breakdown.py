@@ -15,18 +15,18 @@ from tidaldecode.kernels.triton import (
 )
 
 
-def test_merging_counts_as_the_attention_before_it():
+def test_merging_counts_as_the_attention_before_it_and_waiting_as_nothing():
     ran = [
-        ("gemm", 8.0),
-        ("_dense_kernel", 4.0),
-        ("_merge_kernel", 1.0),
-        ("_score_kernel", 0.5),
-        ("_emit_kernel", 0.25),
-        ("gemm", 8.0),
-        ("_sparse_kernel", 2.0),
-        ("_merge_kernel", 0.125),
+        ("gemm", 0.0, 8.0),
+        ("_dense_kernel", 8.5, 12.5),
+        ("_merge_kernel", 8.75, 13.5),  # launched early
+        ("_score_kernel", 13.5, 14.0),
+        ("_emit_kernel", 14.0, 14.25),
+        ("gemm", 15.0, 23.0),
+        ("_sparse_kernel", 23.0, 25.0),
+        ("_merge_kernel", 24.0, 25.125),
     ]
-    parts = sort_kernels(ran)
+    parts = sort_kernels(reversed(ran))
     assert parts == {REST: 16.0, DENSE: 5.0, SELECTION: 0.75, SPARSE: 2.125, GAPS: 0.0}
 
 
