@@ -186,7 +186,7 @@ def test_info_names_versions_and_the_plan_with_its_reason(capsys):
     assert run(["info", "--model", str(MODEL_DIRECTORY)]) == 0
     out = capsys.readouterr().out
     assert "transformers" in out
-    assert "DDS...SS...." in out
+    assert "DDSS..S.S..." in out
     assert "calibrated" in out
 
 

@@ -96,7 +96,7 @@ def test_an_evaluation_leaves_rows_a_summary_and_plots_with_their_record(
     assert [line["method"] for line in summary] == names
     longest = 512 if task == "needle" else 96
     assert [line["attended_tokens"] for line in summary] == [longest, 24, 48]
-    assert [line["plan"] for line in summary] == ["", "DDS...SS....", "DDS...SS...."]
+    assert [line["plan"] for line in summary] == ["", "DDSS..S.S...", "DDSS..S.S..."]
     assert all(line["kv_bytes"] <= line["full_bytes"] for line in summary)
     assert PLOTS[task] == {path.name for path in folder.glob("*.png")}
     for path in folder.glob("*.png"):

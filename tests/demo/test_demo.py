@@ -50,10 +50,10 @@ def test_the_figures_of_the_table_are_those_of_the_plan(finished):
     full, small, large, recent = demo.summarise(rows)
     layers, kv_heads, head_dim, context = 12, 2, 32, 2048
     row_bytes = kv_heads * head_dim * 2 * 4
-    assert str(demo.plan) == "DDS...SS...."
+    assert str(demo.plan) == "DDSS..S.S..."
     assert full.kv_bytes == layers * context * row_bytes
-    assert small.kv_bytes == (5 * context + 7 * 32) * row_bytes
-    assert large.kv_bytes == (5 * context + 7 * 64) * row_bytes
+    assert small.kv_bytes == (6 * context + 6 * 32) * row_bytes
+    assert large.kv_bytes == (6 * context + 6 * 64) * row_bytes
     assert recent.kv_bytes == 12 * 68 * row_bytes
     assert small.kv_ratio == pytest.approx(full.kv_bytes / small.kv_bytes)
     assert [line.attended_tokens for line in (full, small, large, recent)] == [2048, 32, 64, 68]
@@ -65,7 +65,7 @@ def test_the_table_fits_a_narrow_terminal(finished):
     show_table(console, demo, demo.summarise(rows))
     text = console.export_text()
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
-    assert "DDS...SS...." in text
+    assert "DDSS..S.S..." in text
     for unit in ("(tokens)", "(MB/step)", "(times)", "(ms/token)"):
         assert unit in text
 
