@@ -40,7 +40,7 @@ def test_every_name_is_a_kernel():
 def test_the_plot_stacks_what_was_profiled(profiled, tmp_path):
     parts = dict.fromkeys(PARTS, 1.0) if profiled else {}
     results = [
-        StepTime(method, "D", context, 1, 5.0, 4.9, 5.1, 1, 1, 4.0, parts)
+        StepTime(method, "D", context, 1, 5.0, 4.9, 5.1, 1, 1, 0, 4.0, parts)
         for context in (100, 200)
         for method in ("full", "tidal 32")
     ]

@@ -77,6 +77,7 @@ def test_bytes_are_those_of_weights_and_of_what_each_layer_reads(tiny):
     token = 2 * 2 * 16 * 4  # K and V of two heads of 16 in fp32
     assert full.kv_bytes == 3 * 6 * 128 * token
     assert tidal.kv_bytes == 3 * (3 * 128 + 3 * 32) * token
+    assert full.selected_kv_bytes == 0 and tidal.selected_kv_bytes == 3 * 3 * 32 * token
     parameters = sum(p.numel() for p in tiny.parameters())
     assert full.weight_bytes == tidal.weight_bytes == 4 * (parameters - 512 * 64)
     assert full.floor_ms == pytest.approx(1e3 * (full.weight_bytes + full.kv_bytes) / 1e9)

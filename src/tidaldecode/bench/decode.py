@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tidaldecode.algorithm import Role
 from tidaldecode.bench.breakdown import step_parts
 from tidaldecode.bench.shapes import KEY_SPREAD
 from tidaldecode.bench.timing import now, summarise
@@ -47,6 +48,8 @@ class StepTime:
     """Read by a step: all parameters but the input embedding's other rows."""
     kv_bytes: int
     """Read by a step: keys and values of all rows."""
+    selected_kv_bytes: int
+    """The part of them that sparse layers read."""
     floor_ms: float
     """Both of them at the bandwidth that a plain sum reaches."""
     parts_ms: dict[str, float] = field(default_factory=dict)
@@ -126,6 +129,9 @@ def _time_step(
     footprint = measure_footprint(step.model, step.config, context)
     weights = _weight_bytes(step.model)
     kv = step.batch * (footprint.kv_bytes if sparse else footprint.full_bytes)
+    roles = [role for role in step.plan if role is not Role.HOST]
+    full_layers = sum(role in (Role.DENSE, Role.SELECT) for role in roles)
+    dense_kv = step.batch * footprint.full_bytes * full_layers // len(roles)
     return StepTime(
         method=method,
         plan=str(step.plan),
@@ -136,6 +142,7 @@ def _time_step(
         high_ms=timing.high_ms,
         weight_bytes=weights,
         kv_bytes=kv,
+        selected_kv_bytes=kv - dense_kv,
         floor_ms=1e3 * (weights + kv) / bandwidth,
         parts_ms=step_parts(step, timing.median_ms),
     )

@@ -183,9 +183,10 @@ def _precision(name: str) -> torch.dtype:
 
 def _table(results: Sequence[StepTime], title: str) -> Table:
     """All results, each against full attention at the same context and batch size."""
-    table = Table(title=f"One decode step of {title}", box=None)
+    caption = "read: weights + K and V of full layers + of selected tokens; floor: times their time"
+    table = Table(title=f"One decode step of {title}", caption=caption, box=None)
     for head in (
-        "tokens", "rows", "method", "ms", "10-90 %", "speed-up", "GB read", "floor ms", "/ floor",
+        "tokens", "rows", "method", "ms", "10-90 %", "speed-up", "GB read", "floor",
     ):  # fmt: skip
         table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
     full = {(r.context, r.batch): r.milliseconds for r in results if r.method == FULL}
@@ -194,7 +195,14 @@ def _table(results: Sequence[StepTime], title: str) -> Table:
         table.add_row(
             f"{result.context:,}", str(result.batch), result.method, f"{result.milliseconds:.3f}",
             f"{result.low_ms:.2f}-{result.high_ms:.2f}", f"{speedup:.2f}x",
-            f"{(result.weight_bytes + result.kv_bytes) / 1e9:.2f}", f"{result.floor_ms:.3f}",
+            _gigabytes(result),
             f"{result.times_floor:.2f}x",
         )  # fmt: skip
     return table
+
+
+def _gigabytes(result: StepTime) -> str:
+    """What a step reads: weights, K and V of full layers, K and V of selected tokens."""
+    full = result.kv_bytes - result.selected_kv_bytes
+    parts = (result.weight_bytes, full, result.selected_kv_bytes)
+    return "+".join(f"{part / 1e9:.1f}" for part in parts)
