@@ -1,4 +1,4 @@
-"""Cache correction (paper, section 3.3): recompute polluted tokens densely, and know which they are.
+"""Cache correction (arXiv 2410.05076): recompute polluted tokens densely, and know which they are.
 
 A token decoded with sparse attention leaves keys and values that full attention would not have
 computed, and so does every token after it. A block of such tokens is recomputed in one dense forward.

@@ -7,9 +7,42 @@ keeps its own agreed prefix and one more token, which full attention chose. Levi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+DRAFT, ACCEPT, REDRAW = range(3)
+"""What the three random numbers of a place are for."""
+_BLOCK = 64
+
+
+class PlaceNoise:
+    """Three uniform numbers for every row and place, the same however often a place is drafted.
+
+    Whether a draft is rejected is decided by the numbers of the places before it alone, so those of
+    its own place are as good as new for the next draft there, and rejected drafts leave no trace. Takes
+    one number from torch's random state.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(seed)
+        self._numbers = torch.empty(batch, 0, 3, dtype=torch.float64, device=device)
+
+    def at(self, places: Sequence[int], first: int, length: int) -> torch.Tensor:
+        """``[B, length, 3]`` fp64: those of row ``b`` from place ``places[b] + first`` on."""
+        batch, have, _ = self._numbers.shape
+        device = self._numbers.device
+        while have < max(places) + first + length:
+            shape = (batch, _BLOCK, 3)
+            more = torch.rand(shape, generator=self._generator, dtype=torch.float64, device=device)
+            self._numbers = torch.cat([self._numbers, more], dim=1)
+            have += _BLOCK
+        begins = torch.tensor(places, device=device)[:, None] + first
+        index = begins + torch.arange(length, device=device)
+        return self._numbers.gather(1, index[..., None].expand(-1, -1, 3))
 
 
 @dataclass(frozen=True)
