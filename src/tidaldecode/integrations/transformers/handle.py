@@ -24,6 +24,7 @@ from tidaldecode.integrations.transformers.graph_generate import can_graph, grap
 from tidaldecode.integrations.transformers.lossless import lossless_generate
 from tidaldecode.integrations.transformers.lossless_call import correcting, lossless
 from tidaldecode.integrations.transformers.settings import resolve_settings
+from tidaldecode.integrations.transformers.speculative_steps import SpeculativeSteps
 from tidaldecode.integrations.transformers.step_pool import StepPool
 from tidaldecode.integrations.transformers.support import inspect_model
 
@@ -46,6 +47,8 @@ class TidalHandle:
         """If set, sees the token scores of every selection layer of every decode step."""
         self.tally = Tally()
         """What lossless decoding did since `enable`."""
+        self.speculative_steps: type[SpeculativeSteps] = SpeculativeSteps
+        """What drafts and verifies in lossless mode."""
         self._model, self._decoder = model, decoder
         self._lossless = self.config.mode == "lossless"
         if self._lossless:

@@ -34,13 +34,13 @@ from tidaldecode.integrations.transformers.lossless_call import check_call, row_
 from tidaldecode.integrations.transformers.processing import Processing
 from tidaldecode.integrations.transformers.ragged_rows import RaggedRows
 from tidaldecode.integrations.transformers.rewrite_cache import RewriteCache
-from tidaldecode.integrations.transformers.speculative_steps import SpeculativeSteps
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
     from tidaldecode.integrations.transformers.handle import TidalHandle
+    from tidaldecode.integrations.transformers.speculative_steps import SpeculativeSteps
 
 
 def lossless_generate(
@@ -70,7 +70,7 @@ def lossless_generate(
     output = model._prefill(input_ids, generation_config, model_kwargs)
     rows = RaggedRows(input_ids, generation_config, stopping_criteria, token_streamer)
     cache = RewriteCache(output.past_key_values, max(rows.capacity - 1, rows.prompt))
-    steps = SpeculativeSteps(model, handle, cache, starts, shift)
+    steps = handle.speculative_steps(model, handle, cache, starts, shift)
     loop = _Loop(handle, rows, steps, processing, bool(generation_config.do_sample))
     try:
         loop.run(output.logits[:, -1].float())
