@@ -112,7 +112,7 @@ class _Loop:
         """Decode until generate's criteria end it; ``logits [B, V]`` are the prefill's."""
         rows = self.rows
         raw = logits[:, None].to(rows.device)
-        scores = self.processing(raw, rows.sequences(), self._lengths(1))
+        scores = self.processing(raw, self._history(0), self._lengths(1))
         first = self._judge(
             torch.empty(len(raw), 0, dtype=torch.long, device=raw.device), [], scores
         ).tokens

@@ -56,28 +56,27 @@ class Processing:
             flat = scores.flatten(0, 1)
             found: torch.Tensor = self._processors(history[:1, :1].expand(len(flat), 1), flat)
             return found.view_as(scores)
-        rows = [
-            torch.cat(
-                [
-                    self._processors(history[row : row + 1, :length], scores[row, at : at + 1])
-                    for at, length in enumerate(places)
-                ]
-            )
-            for row, places in enumerate(lengths)
-        ]
-        return torch.stack(rows)
+        found = scores.clone()
+        every = torch.arange(len(scores), device=scores.device)
+        for length in sorted({length for places in lengths for length in places}):
+            # The whole batch is asked, since a processor may know its rows; those of this length count.
+            hits = [places.index(length) if length in places else 0 for places in lengths]
+            at = torch.tensor(hits, device=scores.device)
+            told = self._processors(history[:, :length], scores[every, at])
+            for row, places in enumerate(lengths):
+                if length in places:
+                    found[row, places.index(length)] = told[row]
+        return found
 
 
 def _check(processor: object) -> None:
     name = type(processor).__name__
     ours = type(processor).__module__.startswith("transformers.")
     known = (ours and name in POINTWISE | REPLAYABLE) or getattr(processor, PROMISE, False) is True
-    # A tensor has a value for every row, which a row by itself cannot tell apart.
-    if known and not isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):
-        return
-    raise TidalError(
-        f"logits_processor: expected ones that depend on a row's tokens and scores alone, so that they "
-        f"can be replayed on drafted tokens, got {name}, of which that is not known; leave it out, use "
-        f"mode='sparse', or set {PROMISE} = True on a processor of your own that keeps nothing between "
-        "calls and treats every row by itself"
-    )
+    if not known:
+        raise TidalError(
+            "logits_processor: expected ones that depend on a row's tokens and scores alone, so that "
+            f"they can be replayed on drafted tokens, got {name}, of which that is not known; leave it "
+            f"out, use mode='sparse', or set {PROMISE} = True on a processor of your own that keeps "
+            "nothing between calls and treats every row by itself"
+        )
