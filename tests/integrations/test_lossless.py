@@ -13,11 +13,12 @@ from lossless_runs import (
     new_cache,
     states,
 )
-from runs import CACHES, generate, left_padded, logits_of
+from runs import CACHES, SMALL, generate, left_padded, logits_of
 from tiny import build, prompt
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import tidaldecode
+from tidaldecode.integrations.transformers.speculative_steps import SpeculativeSteps
 from tidaldecode.proof.equality import RandomSteps
 
 PROMPT, TOKENS = 40, 30
@@ -254,3 +255,23 @@ def test_statistics_count_what_was_done():
     assert {name: 2 * value for name, value in vars(once).items()} == vars(twice)
     once.tokens = 0
     assert twice.tokens == 2 * (TOKENS - 1)
+
+
+@caches
+def test_drafts_are_what_sparse_decoding_would_have_said(cache):
+    model, seen = build("Llama"), []
+
+    class Seen(SpeculativeSteps):
+        def draft(self, *args):
+            seen.append(super().draft(*args))
+            return seen[-1]
+
+    ids, mask = padded_batch()
+    options = {"attention_mask": mask, **CACHES[cache]}
+    with tidaldecode.enable(model, **SMALL):
+        sparse = generate(model, ids, 7, **options)
+    with tidaldecode.enable(model, **LOSSLESS, draft_tokens=5) as handle:
+        handle.speculative_steps = Seen
+        generate(model, ids, 7, **options)
+    found = torch.stack(seen[:5], dim=1)
+    torch.testing.assert_close(found, logits_of(sparse)[:, 1:6], atol=2e-4, rtol=2e-4)
