@@ -15,7 +15,7 @@ from lossless_runs import (
 )
 from runs import CACHES, SMALL, generate, left_padded, logits_of
 from tiny import build, prompt
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
 import tidaldecode
 from tidaldecode.integrations.transformers.speculative_steps import SpeculativeSteps
@@ -275,3 +275,24 @@ def test_drafts_are_what_sparse_decoding_would_have_said(cache):
         generate(model, ids, 7, **options)
     found = torch.stack(seen[:5], dim=1)
     torch.testing.assert_close(found, logits_of(sparse)[:, 1:6], atol=2e-4, rtol=2e-4)
+
+
+def test_arguments_may_be_given_in_order():
+    model, streams = build("Llama"), [Collector(), Collector()]
+    settings = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0)
+    order = [None, None, None, None, None]
+    expected = model.generate(prompt(PROMPT), settings, *order, streams[0])
+    with tidaldecode.enable(model, **LOSSLESS, draft_tokens=3):
+        found = model.generate(prompt(PROMPT), settings, *order, streams[1])
+    assert torch.equal(found, expected)
+    assert streams[1].columns == streams[0].columns and streams[1].ended
+
+
+@pytest.mark.parametrize("limit", [PROMPT - 3, PROMPT + 6])
+def test_a_shorter_limit_of_ones_own_counts(limit):
+    model = build("Llama")
+    criteria = StoppingCriteriaList([MaxLengthCriteria(limit)])
+    expected = generate(model, prompt(PROMPT), TOKENS, stopping_criteria=criteria)
+    with tidaldecode.enable(model, **LOSSLESS, draft_tokens=4):
+        found = generate(model, prompt(PROMPT), TOKENS, stopping_criteria=criteria)
+    assert_equal_runs(found, expected)

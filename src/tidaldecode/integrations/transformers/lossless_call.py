@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +38,18 @@ def lossless(model: PreTrainedModel, loop: Callable[..., Any]) -> Callable[..., 
 
     @functools.wraps(generate)
     def routed(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("custom_generate") not in (None, loop):
+        call = _by_name(generate, args, kwargs)
+        if call.get("custom_generate") not in (None, loop):
             raise TidalError(
                 "custom_generate: expected None in lossless mode, which has a loop of its own, got "
-                f"{kwargs['custom_generate']!r}; leave it out or use mode='sparse'"
+                f"{call['custom_generate']!r}; leave it out or use mode='sparse'"
             )
-        check_generation_mode(model, args, kwargs, "mode='lossless'")
-        streamer = kwargs.get("streamer")
-        extra = {} if streamer is None else {"token_streamer": streamer}
-        return generate(*args, **{**kwargs, **extra, "custom_generate": loop})
+        _check_generation_mode(model, call, "mode='lossless'")
+        call["custom_generate"] = loop
+        # transformers keeps the streamer from callables.
+        if call.get("streamer") is not None:
+            call["token_streamer"] = call["streamer"]
+        return generate(**call)
 
     return routed
 
@@ -59,27 +63,33 @@ def correcting(model: PreTrainedModel) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def routed(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("custom_generate") is not None:
+        call = _by_name(generate, args, kwargs)
+        if call.get("custom_generate") is not None:
             raise TidalError(
                 "custom_generate: expected None with correct_every, which follows generate's own loop, "
-                f"got {kwargs['custom_generate']!r}; leave it out or set correct_every=None"
+                f"got {call['custom_generate']!r}; leave it out or set correct_every=None"
             )
-        check_generation_mode(model, args, kwargs, "correct_every")
+        _check_generation_mode(model, call, "correct_every")
         # A compiled step would not stop for a correction.
-        return generate(*args, **{**kwargs, "disable_compile": True})
+        return generate(**{**call, "disable_compile": True})
 
     return routed
 
 
-def check_generation_mode(
-    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], what: str
-) -> None:
+def _by_name(
+    generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a call of ``generate``, by name."""
+    signature = inspect.signature(generate)
+    named = dict(zip(signature.parameters, args, strict=False))
+    return {**named, **kwargs}
+
+
+def _check_generation_mode(model: PreTrainedModel, call: dict[str, Any], what: str) -> None:
     """Errors: `TidalError` unless this call of ``generate`` is greedy or sampled."""
-    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    config = copy.deepcopy(given or model.generation_config)
-    config.update(**{k: v for k, v in kwargs.items() if hasattr(config, k)})
-    assistant = kwargs.get("assistant_model") or (args[6] if len(args) > 6 else None)
-    mode = config.get_generation_mode(assistant)
+    config = copy.deepcopy(call.get("generation_config") or model.generation_config)
+    config.update(**{k: v for k, v in call.items() if hasattr(config, k)})
+    mode = config.get_generation_mode(call.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise TidalError(
             f"generate: expected greedy or sampled generation with {what}, got "

@@ -22,7 +22,7 @@ class RaggedRows:
 
     Args:
         ids: ``[B, W]`` the prompts.
-        capacity: tokens that a row has at most, ``max_length``.
+        config, criteria, streamer: generate's own.
     """
 
     def __init__(
@@ -32,8 +32,11 @@ class RaggedRows:
         criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
     ) -> None:
-        self.device, self.capacity = ids.device, int(config.max_length)
-        self.prompt = ids.shape[1]
+        self.device, self.prompt = ids.device, ids.shape[1]
+        ends = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+        # Where a limit is passed already, generate still gives one token.
+        self.capacity = max(min([int(config.max_length), *ends]), self.prompt + 1)
+        """Tokens that a row has at most."""
         eos = next((c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")), None)
         self._eos = set() if eos is None else set(eos.flatten().tolist())
         # Without such a criterion generate pads nothing: ended rows go on until all have ended.

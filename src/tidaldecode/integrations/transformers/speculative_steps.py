@@ -38,7 +38,7 @@ class SpeculativeSteps:
         shift: torch.Tensor,
     ) -> None:
         self._model, self._handle, self.cache = model, handle, cache
-        self.starts, self._shift = starts, shift
+        self.starts, self._shift = starts.to(model.device), shift.to(model.device)
 
     def draft(self, tokens: torch.Tensor, begins: torch.Tensor, longest: int) -> torch.Tensor:
         """Logits ``[B, V]`` fp32 after ``tokens [B, 1]``, by sparse attention.
@@ -48,7 +48,7 @@ class SpeculativeSteps:
         handle = self._handle
         forward = Forward(handle.config, handle.plan, handle.on_scores)
         width = min(longest + 1, self.cache.limit)
-        lengths = (begins + 1).clamp(max=width).int()
+        lengths = (begins + 1).clamp(max=width).int().to(self.starts.device)
         forward.state = DecodeState.begin(
             handle.config, handle.plan, lengths, self.starts.int(), width=width
         )
@@ -63,10 +63,11 @@ class SpeculativeSteps:
     def _run(
         self, forward: Forward, tokens: torch.Tensor, begins: torch.Tensor, longest: int
     ) -> torch.Tensor:
-        window = self.cache.open(begins, tokens.shape[1], longest)
+        device = self.starts.device
+        window = self.cache.open(begins.to(device), tokens.shape[1], longest)
         options: dict[str, Any] = {KEYWORD: forward}
         output = self._model(
-            tokens,
+            tokens.to(device),
             past_key_values=self.cache,
             attention_mask=window.mask(self.starts),
             position_ids=window.columns + self._shift[:, None],
@@ -74,4 +75,4 @@ class SpeculativeSteps:
             **options,
         )
         logits: torch.Tensor = output.logits
-        return logits.float()
+        return logits.float().to(tokens.device)
