@@ -152,7 +152,7 @@ def test_a_wrong_rule_is_seen(rule, monkeypatch):
     with tidaldecode.enable(model, **LOSSLESS, draft_tokens=2) as handle:
         handle.speculative_steps = SkewedSteps
         found = sample(model, top_k=0)
-    assert excess(found, exact(model, top_k=0)) > 3 * SIGMAS
+    assert excess(found, exact(model, top_k=0)) > 2 * SIGMAS
 
 
 def test_the_random_state_does_not_depend_on_what_was_drafted():
