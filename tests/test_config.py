@@ -160,19 +160,32 @@ REFUSALS = [
             "backend",
             "cuda_graph",
             "mode",
-            "draft_tokens",
         )
         for value in ("", "none", 5, None, True, [1])
     ),
-    (
-        {"correct_every": 8},
-        r"^correct_every: expected None \(the only one in this version\), got 8",
+    *(
+        ({"correct_every": value}, r"^correct_every: expected a whole number from 1 up, got ")
+        for value in (0, -1, True, 8.0, "8", "auto", [8])
     ),
-    ({"correct_every": "auto"}, r"^correct_every: expected None .*, got 'auto'"),
-    ({"mode": "lossless"}, r"^mode: expected 'sparse' \(the only one in this version\), got 'loss"),
+    *(
+        (
+            {"mode": "lossless", "draft_tokens": value},
+            r"^draft_tokens: expected 'auto' or a whole number from 1 up, got ",
+        )
+        for value in (0, -1, True, 4.0, "4", None, [4])
+    ),
     (
-        {"draft_tokens": 4},
-        r"^draft_tokens: expected 'auto' \(the only one in this version\), got 4",
+        {"mode": "lossless", "correct_every": 8},
+        r"^correct_every: expected None in lossless mode, .* got 8; leave it out",
+    ),
+    ({"draft_tokens": 4}, r"^draft_tokens: expected 'auto' where nothing is drafted, got 4 with"),
+    (
+        {"mode": "lossless", "cuda_graph": "compiled"},
+        r"^cuda_graph: expected 'auto' or False with mode='lossless'",
+    ),
+    (
+        {"correct_every": 8, "cuda_graph": "compiled"},
+        r"^cuda_graph: expected 'auto' or False with mode='lossless'",
     ),
     ({"cuda_graph": True}, r"^cuda_graph: expected 'auto' or 'compiled' or False, got True"),
     ({"budget": 19}, r"^budget: expected at least 20 tokens \(sink_tokens=4 \+ recent_tokens=15"),

@@ -20,15 +20,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": ("shared", "kv_head", "query_head"),
     "score": ("softmax", "logits"),
     "selector": ("attention", "page_bounds"),
-    "mode": ("sparse",),
+    "mode": ("sparse", "lossless"),
     "backend": ("auto", "torch", "triton"),
     "cuda_graph": ("auto", "compiled", False),
-    "correct_every": (None,),
-    "draft_tokens": ("auto",),
 }
 _NOTES = ("model", "calibration")
 """What a calibration adds to the file: the model it is for, and how it was found."""
-_LATER = {"mode", "correct_every", "draft_tokens"}
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,13 @@ class TidalConfig:
     """Tokens just before the newest one that are always selected; the newest one is, in any case."""
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Kernels to run."""
-    mode: Literal["sparse"] = "sparse"
-    """How decoding proceeds."""
-    correct_every: None = None
-    """Cache correction: decoded tokens between two dense recomputations."""
-    draft_tokens: Literal["auto"] = "auto"
-    """Tokens drafted between two verifications, in lossless mode."""
+    mode: Literal["sparse", "lossless"] = "sparse"
+    """Sparse attention's output, or full attention's own: sparse drafts, verified densely."""
+    correct_every: int | None = None
+    """Cache correction: decoded tokens between two dense recomputations; None for never."""
+    draft_tokens: int | Literal["auto"] = "auto"
+    """Tokens drafted between two verifications, in lossless mode; ``"auto"`` follows the measured
+    acceptance and costs."""
     cuda_graph: Literal["auto", "compiled", False] = "auto"
     """Whether a decode step runs as one CUDA graph on a GPU; ``"compiled"``: after torch.compile has
     fused its small operations, which takes a minute or so before the first step."""
@@ -86,8 +84,12 @@ class TidalConfig:
             value = getattr(self, name)
             if not any(type(value) is type(choice) and value == choice for choice in choices):
                 listed = " or ".join(repr(choice) for choice in choices)
-                hint = " (the only one in this version)" if name in _LATER else ""
-                raise TidalError(f"{name}: expected {listed}{hint}, got {value!r}")
+                raise TidalError(f"{name}: expected {listed}, got {value!r}")
+        if self.correct_every is not None:
+            _check_whole_number("correct_every", self.correct_every, 1)
+        if self.draft_tokens != "auto":
+            _check_whole_number("draft_tokens", self.draft_tokens, 1, "'auto' or ")
+        self._check_mode()
         forced = self.sink_tokens + self.recent_tokens + 1
         if self.budget < forced:
             raise TidalError(
@@ -107,6 +109,24 @@ class TidalConfig:
                 "score: expected 'softmax' where heads share a set (logits of different heads are "
                 f"on different scales), got 'logits' with granularity={self.granularity!r}; "
                 "use granularity='query_head'"
+            )
+
+    def _check_mode(self) -> None:
+        lossless = self.mode == "lossless"
+        if lossless and self.correct_every is not None:
+            raise TidalError(
+                "correct_every: expected None in lossless mode, where every verification rewrites the "
+                f"cache densely, got {self.correct_every}; leave it out or use mode='sparse'"
+            )
+        if not lossless and self.draft_tokens != "auto":
+            raise TidalError(
+                "draft_tokens: expected 'auto' where nothing is drafted, got "
+                f"{self.draft_tokens} with mode='sparse'; use mode='lossless'"
+            )
+        if self.cuda_graph == "compiled" and (lossless or self.correct_every is not None):
+            raise TidalError(
+                "cuda_graph: expected 'auto' or False with mode='lossless' or correct_every, which run "
+                "without a graph in this version, got 'compiled'"
             )
 
     def _check_page_bounds(self) -> None:
@@ -235,9 +255,11 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_whole_number(name: str, value: Any, lowest: int) -> None:
+def _check_whole_number(name: str, value: Any, lowest: int, otherwise: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise TidalError(f"{name}: expected a whole number from {lowest} up, got {value!r}")
+        raise TidalError(
+            f"{name}: expected {otherwise}a whole number from {lowest} up, got {value!r}"
+        )
 
 
 def _layer_numbers(value: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,18 @@ def test_a_missing_model_directory_is_one_line(capsys, tmp_path):
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         (["--max-new-tokens", "20000"], "prompt: expected at most 16,384 tokens"),
         (["--temperature", "-1"], "Invalid value for '--temperature'"),
+        (["--mode", "fast"], "mode: expected 'sparse' or 'lossless', got 'fast'"),
+        (
+            ["--mode", "lossless", "--draft-tokens", "few"],
+            "draft-tokens: expected auto or a number",
+        ),
+        (["--mode", "lossless", "--draft-tokens", "0"], "draft_tokens: expected 'auto' or a whole"),
+        (["--draft-tokens", "4"], "draft_tokens: expected 'auto' where nothing is drafted"),
+        (["--correct-every", "0"], "correct_every: expected a whole number from 1 up, got 0"),
+        (
+            ["--mode", "lossless", "--correct-every", "8"],
+            "correct_every: expected None in lossless",
+        ),
         (["--no-such-option"], "No such option: --no-such-option"),
         (["--device", "abacus"], "device: expected auto, cpu or cuda, got 'abacus'"),
         (["--dtype", "int3"], "dtype: expected auto or one of float32, bfloat16, float16"),
@@ -180,6 +193,35 @@ def test_compare_shows_where_the_texts_part(capsys):
     assert "texts: part at token" in captured.err
     # The first token comes from the dense prefill, so the texts part later.
     assert "full : '234567'" in captured.err
+
+
+def test_lossless_text_is_full_attentions_and_its_statistics_are_shown(capsys):
+    prompt = "def f(x):\n"
+    options = ["--budget", "20", "--max-new-tokens", "24", "--compare"]
+    command = ["generate", "--prompt", prompt, *options]
+    assert run([*command, "--mode", "lossless", "--draft-tokens", "3"]) == 0
+    err = capsys.readouterr().err
+    assert "texts: equal, all 24 tokens" in err
+    assert re.search(r"lossless: \d+ tokens drafted, \d+ kept \(.* tokens per verification", err)
+    assert run([*command, "--correct-every", "4"]) == 0
+    assert "lossless" not in capsys.readouterr().err
+
+
+def test_prove_compares_with_full_attention(capsys, tmp_path):
+    file = tmp_path / "proof.json"
+    small = ["--prompts", "3", "--shortest", "300", "--longest", "400", "--new-tokens", "6"]
+    drafts = ["--draft", "2:32", "--draft", "2:20:random"]
+    assert run(["prove", *small, *drafts, "--batch-size", "2", "--json", str(file)]) == 0
+    assert "3/3" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert [line["draft"] for line in result["summary"]] == ["k=2 N=32", "k=2 N=20 random"]
+    assert all(line["equal"] == line["prompts"] == 3 for line in result["summary"])
+    assert result["record"]["n"] == 3 and result["record"]["commit"]
+
+
+@pytest.mark.parametrize("draft", ["4", "4:x", "few:64", "4:64:wild", ":64"])
+def test_a_bad_draft_is_one_line(capsys, draft):
+    assert refused(capsys, "prove", "--draft", draft).startswith("draft: expected TOKENS:BUDGET")
 
 
 def test_info_names_versions_and_the_plan_with_its_reason(capsys):

@@ -14,6 +14,7 @@ from tidaldecode.eval.needle import (
     ANSWER_DIGITS,
     Haystack,
     NeedleShape,
+    decode_tail,
     draw_key,
     draw_value,
     make_sample,
@@ -52,6 +53,17 @@ def test_a_sample_hides_its_answer_once_and_has_the_asked_length(seed, tokens, d
     assert context.count(statement_text(key, answer)) == 1
     keys = re.findall(r"# The code of (\w+ \w+) is \d{7}\.\n", context)
     assert len(keys) == len(set(keys)) == distractors + 1
+
+
+def test_a_decoded_tail_changes_nothing_but_where_it_is_fed():
+    made = sample()
+    tail = decode_tail(made, 700)
+    assert tail.context_ids + tail.script[:700] == made.context_ids
+    assert tail.script[700:] == made.script and tail.total_tokens == made.total_tokens
+    assert tail.solved[700:] == made.solved
+    assert decode_tail(made, 0) == made
+    with pytest.raises(TidalError, match="decoded-tokens: expected fewer than the"):
+        decode_tail(made, len(made.context_ids))
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.75, 1.0])

@@ -198,7 +198,6 @@ def test_bad_budgets_are_refused(budget):
         ({"recent_tokens": 2.5}, "recent_tokens"),
         ({"granularity": "head"}, "'head'"),
         ({"score": "logits"}, "query_head"),
-        ({"mode": "lossless"}, "'lossless'"),
         ({"select_layers": ()}, "budget"),
         ({"bugdet": 64}, "'bugdet'"),
     ],

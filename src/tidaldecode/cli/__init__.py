@@ -17,6 +17,7 @@ from tidaldecode.cli.calibrate import calibrate
 from tidaldecode.cli.demo import demo
 from tidaldecode.cli.generate import generate
 from tidaldecode.cli.info import info
+from tidaldecode.cli.prove import prove
 from tidaldecode.errors import TidalError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(info)
 app.command()(calibrate)
+app.command()(prove)
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
 

@@ -75,6 +75,9 @@ def overrides(
     granularity: str | None = None,
     sink_tokens: int | None = None,
     recent_tokens: int | None = None,
+    mode: str | None = None,
+    draft_tokens: str | None = None,
+    correct_every: int | None = None,
 ) -> dict[str, Any]:
     """The settings that were given on the command line, by the names of `TidalConfig`."""
     given = {
@@ -83,6 +86,9 @@ def overrides(
         "granularity": granularity,
         "sink_tokens": sink_tokens,
         "recent_tokens": recent_tokens,
+        "mode": mode,
+        "draft_tokens": parse_draft_tokens(draft_tokens),
+        "correct_every": correct_every,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -104,6 +110,17 @@ def parse_layers(text: str | None) -> tuple[int, ...] | str | None:
         raise TidalError(
             f"select-layers: expected auto or layer numbers such as 2,13, got {text!r}"
         ) from None
+
+
+def parse_draft_tokens(text: str | None) -> int | str | None:
+    """``"4"`` to 4; ``"auto"`` and None stay. Errors: `TidalError`."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal():
+        raise TidalError(
+            f"draft-tokens: expected auto or a number of tokens such as 4, got {text!r}"
+        )
+    return int(text)
 
 
 def claim_results(directory: Path, names: list[str], overwrite: bool) -> None:

@@ -60,6 +60,10 @@ def needle(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Questions per kind, context, depth.")] = 2,
     distractors: Annotated[int, typer.Option(min=0, help="Needles nobody asks for.")] = 8,
+    decoded_tokens: Annotated[
+        int,
+        typer.Option(min=0, help="Last tokens of the context that are decoded, not prefilled."),
+    ] = 0,
     haystack: Annotated[
         Path | None,
         typer.Option(help="A UTF-8 text file; default: this Python's standard library."),
@@ -87,6 +91,7 @@ def needle(
         distractors=distractors,
         kinds=tuple(dict.fromkeys(kind or ["multi-key"])),
         seed=seed,
+        decoded_tokens=decoded_tokens,
     )
     study = Study.open(
         "needle", model, method, budget, device=device, dtype=dtype, output_dir=output_dir,

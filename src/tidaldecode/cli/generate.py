@@ -28,6 +28,7 @@ from tidaldecode.errors import TidalError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tidaldecode.algorithm.tally import Tally
     from tidaldecode.integrations.transformers.text import Generation
 
 
@@ -43,6 +44,19 @@ def generate(
     sink_tokens: SinkTokensOption = None,
     recent_tokens: RecentTokensOption = None,
     preset_name: PresetOption = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="sparse; or lossless: full attention's own text, from verified drafts."),
+    ] = None,
+    draft_tokens: Annotated[
+        str | None, typer.Option(help="Tokens to draft in lossless mode: a number, or auto.")
+    ] = None,
+    correct_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Sparse mode: decoded tokens between two dense corrections of the cache."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 decodes greedily; above 0 it samples.")
@@ -69,6 +83,9 @@ def generate(
             granularity=granularity,
             sink_tokens=sink_tokens,
             recent_tokens=recent_tokens,
+            mode=mode,
+            draft_tokens=draft_tokens,
+            correct_every=correct_every,
         ),
     )
     loaded, tokenizer = load(model, device, dtype)
@@ -89,6 +106,8 @@ def generate(
     sparse = run(config, _printer(tokenizer))
     print(flush=True)
     _note(_speed("tidal", sparse))
+    if sparse.tally is not None:
+        _note(_statistics(sparse.tally))
     if len(ids) + len(sparse.tokens) <= config.budget:
         _note("the whole text fits the budget, so every step was full attention")
     if compare:
@@ -156,6 +175,18 @@ def _speed(name: str, run: Generation) -> str:
     speed = run.tokens_per_second
     shown = "too few tokens to time" if speed is None else f"{speed:,.1f} tokens/s"
     return f"{name}: {len(run.tokens):,} tokens, {shown} after a prefill of {run.prefill_seconds:.2f} s"
+
+
+def _statistics(tally: Tally) -> str:
+    """What lossless decoding did, in one line."""
+    if not tally.verified:
+        return "lossless: nothing to verify, the prompt gave the only token"
+    kept = "" if tally.acceptance is None else f" ({100 * tally.acceptance:.1f} %)"
+    return (
+        f"lossless: {tally.drafted:,} tokens drafted, {tally.accepted:,} kept{kept}, "
+        f"{tally.tokens_per_verify:.2f} tokens per verification, "
+        f"{100 * (tally.kv_share or 0):.1f} % of full attention's KV reads"
+    )
 
 
 def _note(line: str) -> None:

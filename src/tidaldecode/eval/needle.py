@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tidaldecode.errors import TidalError
 from tidaldecode.eval.words import ADJECTIVES, NOUNS
@@ -110,6 +110,25 @@ class NeedleSample:
     def total_tokens(self) -> int:
         """Tokens of context, questions and answers together."""
         return len(self.context_ids) + len(self.solved)
+
+
+def decode_tail(sample: NeedleSample, tokens: int) -> NeedleSample:
+    """The same question, with the last ``tokens`` of the context decoded instead of prefilled.
+
+    Errors: `TidalError` where the context is not longer than that.
+    """
+    if tokens >= len(sample.context_ids):
+        raise TidalError(
+            f"decoded-tokens: expected fewer than the {len(sample.context_ids):,} tokens of the "
+            f"context, got {tokens:,}"
+        )
+    split = len(sample.context_ids) - tokens
+    return replace(
+        sample,
+        context_ids=sample.context_ids[:split],
+        script=[*sample.context_ids[split:], *sample.script],
+        answers=[replace(one, first_step=one.first_step + tokens) for one in sample.answers],
+    )
 
 
 class Haystack:

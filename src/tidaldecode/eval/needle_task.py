@@ -15,6 +15,7 @@ from tidaldecode.eval.needle import (
     Haystack,
     NeedleSample,
     NeedleShape,
+    decode_tail,
     make_sample,
     score_answer,
 )
@@ -37,6 +38,8 @@ class NeedleGrid:
     kinds: tuple[str, ...] = ("multi-key",)
     """Some of `tidaldecode.eval.needle.KINDS`."""
     seed: int = 0
+    decoded_tokens: int = 0
+    """Last tokens of the context that are decoded too, before the question."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class NeedleTask:
     def build(self, key: str) -> NeedleSample:
         """The question of that name. Errors: `TidalError` when the haystack is too short."""
         kind, context, depth, number = key.split("/")
-        return make_sample(
+        sample = make_sample(
             self.haystack,
             self.encode,
             context_tokens=int(context),
@@ -70,6 +73,7 @@ class NeedleTask:
             rng=random.Random(f"{self.grid.seed}/{context}/{depth}/{number}"),
             shape=NeedleShape.of_kind(kind, self.grid.distractors),
         )
+        return decode_tail(sample, self.grid.decoded_tokens)
 
     def measure(
         self, engine: Engine, samples: dict[str, NeedleSample], methods: Sequence[Method]

@@ -47,6 +47,8 @@ class Forward:
     fits: bool = False
     """Whether every row fits the budget, which makes the step dense: the host's, bit for bit."""
     state: DecodeState | None = field(default=None)
+    dense: bool = False
+    """Whether one query is full attention too: the host's, bit for bit."""
     on_device: bool = False
     """Whether `StepLayers` run the layers, and nothing may be asked of the host."""
 
@@ -104,7 +106,8 @@ def tidal_attention_forward(
         return step_attention(*newest, layer, window, scale)[:, None], None
     role = forward.plan[layer]
     check_window(layer, role, window)
-    decodes = query.shape[2] == 1 and not (torch.is_grad_enabled() and query.requires_grad)
+    one = query.shape[2] == 1 and not forward.dense
+    decodes = one and not (torch.is_grad_enabled() and query.requires_grad)
     if decodes and role is not Role.HOST and forward.state is None:
         forward.begin(key, attention_mask)
     if not decodes or role is Role.HOST or forward.fits:

@@ -59,7 +59,7 @@ class TransformersEngine:
         """Decode steps after the prefill; see `tidaldecode.engine.Engine.steps`.
 
         Errors: `TidalError` when nothing was prefilled, the scripts do not match the batch or start
-        with a free token, or the model gives NaN.
+        with a free token, the configuration is lossless, or the model gives NaN.
         """
         if self._cache is None:
             raise TidalError("steps: expected a prefilled batch, found none; call prefill first")
@@ -67,6 +67,11 @@ class TransformersEngine:
             raise TidalError(
                 f"scripts: expected one for each of {len(self._lengths)} rows, with a token to begin "
                 f"with, got {len(scripts)}"
+            )
+        if config is not None and config.mode != "sparse":
+            raise TidalError(
+                f"mode: expected 'sparse' where tokens are fed one by one, got {config.mode!r}, whose "
+                "output is full attention's; evaluate method dense instead"
             )
         cache, length = self._cache, self._cache.get_seq_length()
         tokens = [0] * len(scripts)

@@ -7,22 +7,30 @@ Nothing of the model is patched or copied, and no state outlives a forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tidaldecode.algorithm import Role
+from tidaldecode.algorithm.cost import full_kv_bytes_per_step, kv_bytes_per_step
+from tidaldecode.algorithm.tally import Tally
 from tidaldecode.config import TidalConfig
 from tidaldecode.engine import OnScores
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.attention import HOST, KEYWORD, NAME, Forward, register
+from tidaldecode.integrations.transformers.correction import Corrector
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
 from tidaldecode.integrations.transformers.graph_generate import can_graph, graphed
+from tidaldecode.integrations.transformers.lossless import lossless_generate
+from tidaldecode.integrations.transformers.lossless_call import correcting, lossless
 from tidaldecode.integrations.transformers.settings import resolve_settings
+from tidaldecode.integrations.transformers.speculative_steps import SpeculativeSteps
 from tidaldecode.integrations.transformers.step_pool import StepPool
 from tidaldecode.integrations.transformers.support import inspect_model
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 _ATTRIBUTE = "_tidal_handle"
 
@@ -37,7 +45,18 @@ class TidalHandle:
         self.config, self.plan, self.reason = resolve_settings(model, self.shape, config, overrides)
         self.on_scores: OnScores | None = None
         """If set, sees the token scores of every selection layer of every decode step."""
+        self.tally = Tally()
+        """What lossless decoding did since `enable`."""
+        self.speculative_steps: type[SpeculativeSteps] = SpeculativeSteps
+        """What drafts and verifies in lossless mode."""
         self._model, self._decoder = model, decoder
+        self._lossless = self.config.mode == "lossless"
+        if self._lossless:
+            self._check_layers("mode='lossless'")
+        self._corrector: Corrector | None = None
+        if self.config.correct_every is not None:
+            self._check_layers("correct_every")
+            self._corrector = Corrector(decoder, self.config, self.plan)
         self.steps = StepPool(self._make_step)
         """Decode steps for `graph_generate`."""
         self._previous = decoder.config._attn_implementation
@@ -53,9 +72,10 @@ class TidalHandle:
             decoder.register_forward_hook(self._after, with_kwargs=True),
         ]
         setattr(model, _ATTRIBUTE, self)
-        self._routes = self.config.cuda_graph is not False and can_graph(model, self)
-        if self._routes:
-            model.generate = graphed(model, self)
+        route = self._route()
+        self._routes = route is not None
+        if route is not None:
+            model.generate = route
 
     def disable(self) -> None:
         """Restore the model exactly as it was. Does nothing the second time."""
@@ -86,6 +106,76 @@ class TidalHandle:
             f"budget={self.config.budget}, granularity={self.config.granularity!r})"
         )
 
+    def correct(self, cache: Cache | None = None) -> int:
+        """Recompute the tokens decoded sparsely since the last correction, in place.
+
+        Do so before a cache is stored or used by other means; a longer prompt that continues it does
+        so by itself.
+
+        Args:
+            cache: the cache to correct; by default all that are alive.
+
+        Returns:
+            Tokens of a row that were recomputed, 0 where there was nothing to do.
+
+        Errors: `TidalError` without ``correct_every``, and for a cache changed by other means.
+        """
+        if self._corrector is None:
+            raise TidalError(
+                "correct: expected a model enabled with correct_every, so that tokens to correct are "
+                "known, got correct_every=None"
+            )
+        return self._corrector.correct(cache)
+
+    def stats(self) -> Tally:
+        """What lossless decoding did since `enable`, over all calls of ``generate``.
+
+        Errors: `TidalError` in sparse mode, which drafts nothing.
+        """
+        if not self._lossless:
+            raise TidalError(
+                f"stats: expected a model enabled with mode='lossless', got mode={self.config.mode!r}"
+            )
+        total = Tally()
+        total.add(self.tally)
+        return total
+
+    def kv_bytes(self, context: int) -> int:
+        """Bytes of K and V that a sparse step reads for one row of ``context`` tokens."""
+        return kv_bytes_per_step(
+            self.plan, self.config, query_heads=self.shape.query_heads, **self._sizes(context)
+        )
+
+    def full_kv_bytes(self, context: int) -> int:
+        """The same for full attention."""
+        return full_kv_bytes_per_step(self.plan, **self._sizes(context))
+
+    def _sizes(self, context: int) -> dict[str, int]:
+        return {
+            "context": context,
+            "kv_heads": self.shape.kv_heads,
+            "head_dim": self.shape.head_dim,
+            "element_bytes": self._model.dtype.itemsize,
+        }
+
+    def _check_layers(self, what: str) -> None:
+        """Errors: `TidalError` where layers of the host forget tokens that were rewritten."""
+        if hosts := self.plan.layers(Role.HOST):
+            raise TidalError(
+                f"model: expected full attention in every layer with {what}, got layers "
+                f"{', '.join(map(str, hosts))} without it, whose cache drops earlier tokens"
+            )
+
+    def _route(self) -> Callable[..., Any] | None:
+        """What takes the place of ``model.generate``, or None where it stays."""
+        if self._lossless:
+            return lossless(self._model, lossless_generate)
+        if self._corrector is not None:
+            return correcting(self._model)
+        if self.config.cuda_graph is not False and can_graph(self._model, self):
+            return graphed(self._model, self)
+        return None
+
     def _make_step(self, batch: int, capacity: int) -> DecodeStep:
         return DecodeStep(self._model, self.config, self.plan, batch=batch, capacity=capacity)
 
@@ -110,7 +200,12 @@ class TidalHandle:
                 "output_attentions: expected False, since sparse layers never form the whole matrix "
                 "of attention weights, got True; call disable(model) to look at attention weights"
             )
-        forward = kwargs.get(KEYWORD) or Forward(self.config, self.plan, self.on_scores)
+        forward = kwargs.get(KEYWORD)
+        if forward is None:
+            # In lossless mode only a verified draft may be sparse.
+            forward = Forward(self.config, self.plan, self.on_scores, dense=self._lossless)
+            if self._corrector is not None:
+                self._corrector.before(args, kwargs)
         return args, {**kwargs, KEYWORD: forward}
 
     def _after(
@@ -125,6 +220,8 @@ class TidalHandle:
                 f"model: expected the layers of {type(decoder).__name__} to call the registered "
                 "attention function, but none did; this model cannot be supported"
             )
+        if self._corrector is not None and not kwargs[KEYWORD].dense:
+            self._corrector.after(args, kwargs, kwargs[KEYWORD])
 
 
 def enable(

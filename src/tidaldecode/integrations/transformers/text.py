@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from tidaldecode.algorithm.tally import Tally
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.handle import enable
@@ -28,6 +29,8 @@ class Generation:
     """Until the first new token was there."""
     decode_seconds: float
     """For all the tokens after the first."""
+    tally: Tally | None = None
+    """What was drafted and verified, in lossless mode."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -92,7 +95,7 @@ def generate_tokens(
     collector = _Collector(on_tokens)
     inputs = torch.tensor([list(ids)], device=model.device)
     begin = time.perf_counter()
-    with enable(model, config) if config is not None else nullcontext():
+    with enable(model, config) if config is not None else nullcontext() as handle:
         model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
@@ -100,8 +103,10 @@ def generate_tokens(
             streamer=collector,
             **sampling,
         )
+        drafts = handle is not None and handle.config.mode == "lossless"
+        tally = handle.stats() if handle is not None and drafts else None
     first, last = (collector.times or [begin])[0], (collector.times or [begin])[-1]
-    return Generation(collector.tokens, first - begin, last - first)
+    return Generation(collector.tokens, first - begin, last - first, tally)
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:

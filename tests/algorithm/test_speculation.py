@@ -1,0 +1,137 @@
+"""Acceptance of drafts: greedy prefixes, and exact distributions by chi-square over many draws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidaldecode.algorithm.speculation import (
+    ACCEPT,
+    DRAFT,
+    REDRAW,
+    PlaceNoise,
+    accept_greedy,
+    accept_sampled,
+    draw,
+)
+
+VOCABULARY, DRAWS = 5, 40_000
+# One draw in a million of an exact rule is further off.
+SIGMAS = 5.0
+
+
+def distributions(places: int, sharpness: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    logits = sharpness * torch.randn(places, VOCABULARY, generator=generator)
+    return logits.softmax(-1)
+
+
+def chi_square_excess(tokens: torch.Tensor, chances: torch.Tensor) -> float:
+    """How far the counts are from ``chances``, in standard deviations of the chi-square statistic."""
+    expected = chances.double() * len(tokens)
+    counts = torch.bincount(tokens, minlength=VOCABULARY).double()
+    assert not counts[expected == 0].any()
+    held = expected > 0
+    statistic = float(((counts - expected)[held] ** 2 / expected[held]).sum())
+    freedom = int(held.sum()) - 1
+    return (statistic - freedom) / math.sqrt(2 * max(freedom, 1))
+
+
+def first_two(draft: torch.Tensor, dense: torch.Tensor, accept=accept_sampled):
+    """The first two tokens of many rounds with one draft, whose places do not depend on history."""
+    noise = PlaceNoise(DRAWS, torch.device("cpu")).at([0] * DRAWS, 0, 2)
+    q, p = draft.expand(DRAWS, 1, -1), dense.expand(DRAWS, 2, -1)
+    drafted = draw(q[:, 0], noise[:, 0, DRAFT])[:, None]
+    verdict = accept(drafted, q, p, noise[:, :1, ACCEPT], noise[..., REDRAW])
+    return verdict.tokens, verdict.counts
+
+
+@given(st.integers(0, 6), st.integers(1, 4), st.integers(0, 999))
+@settings(max_examples=50, deadline=None)
+def test_greedy_keeps_the_agreed_prefix_and_one_more(length, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    drafted = torch.randint(0, 2, (batch, length), generator=generator)
+    choices = torch.randint(0, 2, (batch, length + 1), generator=generator)
+    verdict = accept_greedy(drafted, choices)
+    for row in range(batch):
+        kept = 0
+        while kept < length and drafted[row, kept] == choices[row, kept]:
+            kept += 1
+        assert verdict.counts[row] == kept + 1
+        told = verdict.tokens[row, : kept + 1].tolist()
+        assert told == [*drafted[row, :kept].tolist(), int(choices[row, kept])]
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 2.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_token_has_full_attentions_distribution(sharpness, seed):
+    torch.manual_seed(seed)
+    draft = distributions(1, sharpness, seed)
+    dense = distributions(2, sharpness, seed + 100)
+    tokens, counts = first_two(draft, dense)
+    assert chi_square_excess(tokens[:, 0], dense[0]) < SIGMAS
+    both = counts == 2
+    assert 0.05 < both.double().mean() < 1
+    assert chi_square_excess(tokens[both, 1], dense[1]) < SIGMAS
+    kept = torch.minimum(draft[0], dense[0]).sum()
+    assert both.double().mean() == pytest.approx(float(kept), abs=0.02)
+
+
+def always(drafted, q, p, accept_noise, redraw_noise):
+    return accept_sampled(drafted, q, p, torch.zeros_like(accept_noise), redraw_noise)
+
+
+def redraws_from_p(drafted, q, p, accept_noise, redraw_noise):
+    verdict = accept_sampled(drafted, q, p, accept_noise, redraw_noise)
+    rejected = verdict.counts == 1
+    verdict.tokens[rejected, 0] = draw(p[rejected, 0], redraw_noise[rejected, 0])
+    return verdict
+
+
+def keeps_by_p_alone(drafted, q, p, accept_noise, redraw_noise):
+    return accept_sampled(drafted, torch.ones_like(q), p, accept_noise, redraw_noise)
+
+
+@pytest.mark.parametrize("rule", [always, redraws_from_p, keeps_by_p_alone])
+def test_the_chi_square_test_sees_a_wrong_rule(rule):
+    tokens, _ = first_two(distributions(1, 1.0, 0), distributions(2, 1.0, 100), accept=rule)
+    assert chi_square_excess(tokens[:, 0], distributions(2, 1.0, 100)[0]) > 20 * SIGMAS
+
+
+def test_tokens_that_full_attention_rules_out_never_come():
+    dense = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0, 0, 0, 1.0]])
+    tokens, counts = first_two(torch.tensor([[0.0, 0.1, 0.9, 0, 0]]), dense)
+    assert set(tokens[:, 0].tolist()) == {0, 1}
+    assert set(tokens[counts == 2, 1].tolist()) == {4}
+    assert chi_square_excess(tokens[:, 0], dense[0]) < SIGMAS
+
+
+def test_equal_distributions_keep_every_draft():
+    chances = distributions(1, 1.0, 0)
+    _, counts = first_two(chances, chances.repeat(2, 1))
+    assert counts.eq(2).all()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1 - 2**-53])
+def test_a_draw_never_takes_what_has_no_weight(noise):
+    weights = torch.tensor([[0, 0.3, 0, 0.2, 0], [0, 0, 1e-30, 0, 0], [7, 0, 0, 0, 0]])
+    index = draw(weights, torch.full((3,), noise, dtype=torch.float64))
+    assert (weights.gather(1, index[:, None]) > 0).all()
+
+
+def test_noise_belongs_to_a_place_and_takes_one_number_of_the_random_state():
+    torch.manual_seed(3)
+    noise = PlaceNoise(2, torch.device("cpu"))
+    after = torch.rand(1)
+    early = noise.at([0, 5], 0, 4)
+    noise.at([200, 7], 3, 9)
+    assert torch.equal(noise.at([0, 5], 0, 4), early)
+    assert torch.equal(noise.at([0, 4], 1, 3)[1], early[1, :3])
+    assert early.min() >= 0 and early.max() < 1 and len(early.unique()) == early.numel()
+    torch.manual_seed(3)
+    torch.randint(2**62, (), dtype=torch.int64)
+    assert torch.equal(torch.rand(1), after)
