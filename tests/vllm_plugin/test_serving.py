@@ -9,6 +9,8 @@ pytest.importorskip("vllm.config", reason="make test-vllm installs vLLM")
 
 from engines import BLOCK, generate, host_tokens, paper, prompt, run, serve
 
+from tidaldecode import TidalError
+
 NEW = 24
 PROMPTS = [prompt(length, seed) for seed, length in enumerate((100, 61, 130, 2, 97, 1, 75, 33))]
 LENGTHS = [24, 9, 17, 40, 5, 30, 12, 24]
@@ -71,6 +73,27 @@ def test_a_prefix_hit_beside_other_sequences(shared):
 def test_other_granularities(options):
     engine = serve(options)
     assert generate(engine, PROMPTS, LENGTHS) == host_tokens(PROMPTS, LENGTHS, **options)
+
+
+def test_preempted_sequences_come_back():
+    """Blocks for two and a half of the three sequences: one is thrown out and computed again."""
+    prompts = [prompt(length, 100 + length) for length in (60, 62, 64)]
+    engine = serve(
+        {"budget": 512}, num_gpu_blocks_override=16, max_model_len=128, disable_log_stats=False
+    )
+    assert generate(engine, prompts, 40) == host_tokens(prompts, 40)
+    metrics = {metric.name: metric for metric in engine.get_metrics()}
+    assert metrics["vllm:num_preemptions"].value > 0
+
+
+def test_a_bad_option_stops_the_engine_before_it_loads_weights():
+    with pytest.raises(TidalError, match="'bugdet'"):
+        serve({"bugdet": 32})
+
+
+def test_an_fp8_cache_stops_the_engine():
+    with pytest.raises(TidalError, match="KV cache of fp8"):
+        serve(SHARED, kv_cache_dtype="fp8")
 
 
 def test_sequences_below_min_context_are_dense_beside_sparse_ones():
