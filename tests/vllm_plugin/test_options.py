@@ -28,6 +28,11 @@ def test_every_named_option_is_taken_over():
     assert options.min_context == 4096
 
 
+@pytest.mark.parametrize("section", [{"score": "logits"}, {"sink_tokens": 2000}])
+def test_an_option_that_the_file_beside_the_model_may_complete_is_taken(section):
+    assert dict(read_options({KEY: section}).overrides) == section
+
+
 @pytest.mark.parametrize(
     ("section", "named"),
     [

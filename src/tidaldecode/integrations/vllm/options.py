@@ -45,8 +45,8 @@ class ServingOptions:
             )
 
 
-_CONSISTENT: dict[str, Any] = {"budget": 1 << 20}
-"""Lets single options be checked before the file beside the model is known."""
+_CONSISTENT: dict[str, Any] = {"budget": 1 << 20, "granularity": "query_head"}
+"""Fits every single option, so that each can be checked before the file beside the model is known."""
 
 
 def read_options(additional_config: Any) -> ServingOptions:
