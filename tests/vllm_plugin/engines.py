@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import tidaldecode
 from tidaldecode import TidalConfig
@@ -95,6 +95,22 @@ def _host(
         return decode()
     with tidaldecode.enable(model, **dict(options)):
         return decode()
+
+
+def sparse_tail_tokens(tokens: Sequence[int], new_tokens: int, **options: Any) -> list[int]:
+    """What a host makes of a prompt whose last token it takes for a decode step: not what is wanted."""
+    model, cache = host_model(), DynamicCache()
+    with tidaldecode.enable(model, **options), torch.no_grad():
+        model(torch.tensor([tokens[:-1]]), past_key_values=cache)
+        out = model.generate(
+            torch.tensor([tokens]),
+            past_key_values=cache,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return out[0, len(tokens) :].tolist()
 
 
 def paper(budget: int) -> dict[str, Any]:

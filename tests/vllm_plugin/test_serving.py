@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm.config", reason="make test-vllm installs vLLM")
 
-from engines import BLOCK, generate, host_tokens, paper, prompt, run, serve
+from engines import BLOCK, generate, host_tokens, paper, prompt, run, serve, sparse_tail_tokens
 
 from tidaldecode import TidalError
 
@@ -43,18 +43,21 @@ def test_a_batch_that_grows_and_shrinks_with_prompts_in_chunks(shared):
     assert generate(shared, PROMPTS, LENGTHS) == host_tokens(PROMPTS, LENGTHS, **SHARED)
 
 
-@pytest.mark.parametrize("length", [33, 65, 97])
-def test_the_last_token_of_a_prompt_in_chunks_is_prefill(shared, length):
+@pytest.mark.parametrize(("length", "seed"), [(65, 3), (65, 7), (97, 9)])
+def test_the_last_token_of_a_prompt_in_chunks_is_prefill(shared, length, seed):
     """Alone it looks like a decode step; its attention must be dense, or its K/V are wrong for good."""
-    prompts = [prompt(length, 60 + length)]
-    assert generate(shared, prompts, NEW) == host_tokens(prompts, NEW, **SHARED)
+    tokens = prompt(length, seed)
+    expected = host_tokens([tokens], NEW, **SHARED)
+    assert expected != [sparse_tail_tokens(tokens, NEW, **SHARED)]
+    assert generate(shared, [tokens], NEW) == expected
 
 
 def test_a_prefix_hit_of_all_but_one_token(shared):
-    prompts = [prompt(6 * BLOCK + 1, 70)]
-    expected = host_tokens(prompts, NEW, **SHARED)
-    assert generate(shared, prompts, NEW) == expected
-    (again,) = run(shared, prompts, NEW)
+    tokens = prompt(6 * BLOCK + 1, 11)
+    expected = host_tokens([tokens], NEW, **SHARED)
+    assert expected != [sparse_tail_tokens(tokens, NEW, **SHARED)]
+    assert generate(shared, [tokens], NEW) == expected
+    (again,) = run(shared, [tokens], NEW)
     assert again.num_cached_tokens == 6 * BLOCK
     assert list(again.outputs[0].token_ids) == expected[0]
 
