@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
+NEWEST_VLLM := 0.33.0
 SOURCES := src tests training
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-gpu test-oldest lint format bench clean help
+.PHONY: demo test test-gpu test-oldest test-vllm test-vllm-newest lint format bench clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -35,6 +37,21 @@ test-gpu: ## the tests of kernels and graphs on an NVIDIA GPU, in the Python tha
 test-oldest: $(OLDEST)/.installed ## the integration tests on the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest tests/integrations
 
+# vLLM asks for the CUDA build of torch and for GPU libraries that its import does not need: no dependencies.
+$(VLLM)/.installed $(VLLM)-newest/.installed: pyproject.toml constraints-vllm.txt tests/vllm_plugin/cpu_platform/pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt torch
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(if $(findstring newest,$@),$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps vllm==$(NEWEST_VLLM))
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e . -e tests/vllm_plugin/cpu_platform
+	touch $@
+
+test-vllm: $(VLLM)/.installed ## the vLLM plugin in the official wheel of the oldest supported vLLM, on a CPU
+	$(VLLM)/bin/python -m pytest tests/vllm_plugin
+
+test-vllm-newest: $(VLLM)-newest/.installed ## the same in the newest
+	$(VLLM)-newest/bin/python -m pytest tests/vllm_plugin
+
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -48,4 +65,4 @@ bench: $(STAMP) ## time the attention of one decode step on this machine
 	$(BIN)/python -m tidaldecode.bench.attention_step
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(VLLM)-newest .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -112,6 +112,24 @@ class LayerPlan:
                 f"dense_layers={dense_layers} and select_layers={tuple(select_layers)}"
             )
         return plan
+
+    def for_stage(self, layers: Collection[int]) -> LayerPlan:
+        """The plan of a host that runs these layers only, one stage of a pipeline.
+
+        A selection does not travel between stages, so a stage whose first sparse layer has no
+        selection layer before it there lets that layer select. Other roles, and all of the layers
+        that run elsewhere, stay as they are.
+        """
+        if self.preselected:
+            return self
+        for layer in sorted(layers):
+            if self[layer] is Role.SELECT:
+                break
+            if self[layer] is Role.SPARSE:
+                roles = list(self.roles)
+                roles[layer] = Role.SELECT
+                return LayerPlan(tuple(roles))
+        return self
 
     def __getitem__(self, layer: int) -> Role:
         if not 0 <= layer < len(self.roles):

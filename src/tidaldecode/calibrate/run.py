@@ -20,9 +20,10 @@ from tidaldecode.errors import TidalError
 from tidaldecode.eval.divergence import Divergence, make_prompts
 from tidaldecode.eval.haystack import source_text
 from tidaldecode.eval.needle import Haystack
+from tidaldecode.integrations.shape import ModelShape
 from tidaldecode.integrations.transformers.engine import TransformersEngine
 from tidaldecode.integrations.transformers.settings import fallback_layers
-from tidaldecode.integrations.transformers.support import ModelShape, inspect_model
+from tidaldecode.integrations.transformers.support import inspect_model
 
 ENOUGH_KL = 0.005
 """KL in nats a token below which no further selection layer is tried unless asked for."""
