@@ -50,8 +50,9 @@ def server(tmp_path_factory):
         _wait(address, process, log)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
 
 
 def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
