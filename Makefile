@@ -23,7 +23,7 @@ demo: $(STAMP) ## find needles in your own Python's source, with full and with s
 	$(BIN)/tidaldecode demo --output-dir demo-results --overwrite
 
 test: $(STAMP) ## the tests (CPU)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -32,10 +32,10 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-gpu: ## the tests of kernels and graphs on an NVIDIA GPU, in the Python that has torch for it
-	$(PYTHON) -m pytest tests/kernels/test_triton.py tests/kernels/test_append_token.py tests/gpu
+	$(PYTHON) -m pytest -n 8 tests/kernels/test_triton.py tests/kernels/test_append_token.py tests/gpu
 
 test-oldest: $(OLDEST)/.installed ## the integration tests on the oldest supported transformers
-	$(OLDEST)/bin/python -m pytest tests/integrations
+	$(OLDEST)/bin/python -m pytest -n auto tests/integrations
 
 # vLLM asks for the CUDA build of torch and for GPU libraries that its import does not need: no dependencies.
 $(VLLM)/.installed $(VLLM)-newest/.installed: pyproject.toml constraints-vllm.txt tests/vllm_plugin/cpu_platform/pyproject.toml

@@ -21,8 +21,8 @@ from tidaldecode.kernels.contract import (
 )
 from tidaldecode.kernels.dispatch import resolve_backend
 
-_CHUNK_LOGITS = 1 << 19
-"""Logits of one chunk: two megabytes."""
+_CHUNK_LOGITS = 1 << 18
+"""Logits of one chunk: one megabyte."""
 
 
 def dense_decode(
@@ -91,9 +91,9 @@ def dense_decode(
         out[row] = row_out.flatten(0, 1)
         lse[row] = row_lse.flatten()
         if token_scores is not None:
-            for first, chunk, peak in parts:
+            for first, chunk, chunk_lse in parts:
                 token_scores[row, :, first : first + chunk.shape[2]] = _score_chunk(
-                    chunk, peak - row_lse, scores
+                    chunk, chunk_lse - row_lse, scores
                 )
     return out.to(q.dtype), lse, token_scores
 
@@ -112,8 +112,8 @@ def _dense_row(
     """Attention of one row. ``q [Hkv, G, D]`` fp32, scaled.
 
     Returns ``out [Hkv, G, D]``, ``lse [Hkv, G]`` and, with ``keep``, for every chunk its first
-    position, what its scores are made of (unnormalised weights, or logits if those are the scores)
-    ``[Hkv, G, C]`` and its maximal logits ``[Hkv, G]``.
+    position, what its scores are made of (the chunk's own softmax, or logits if those are the scores)
+    ``[Hkv, G, C]`` and its log-sum-exp ``[Hkv, G]``.
     """
     kv_heads, group, _ = q.shape
     length = end - start
@@ -137,14 +137,16 @@ def _dense_row(
         weights.copy_(logits.transpose(1, 2))
         kept = weights.clone() if keep == "query_head_logits" else weights
         chunk_peak = weights.amax(-1)
-        weights.sub_(chunk_peak[..., None]).exp_()
+        # One call, several times as fast as its parts. Its largest weight is 1 over the sum.
+        torch.softmax(weights, -1, out=weights)
+        chunk_total = weights.amax(-1).reciprocal()
         new_peak = torch.maximum(peak, chunk_peak)
-        old_scale, new_scale = (peak - new_peak).exp(), (chunk_peak - new_peak).exp()
+        old_scale, new_scale = (peak - new_peak).exp(), (chunk_peak - new_peak).exp() * chunk_total
         out = out * old_scale[..., None] + torch.bmm(weights, values) * new_scale[..., None]
-        total = total * old_scale + weights.sum(-1) * new_scale
+        total = total * old_scale + new_scale
         peak = new_peak
         if keep is not None:
-            parts.append((first, kept, chunk_peak))
+            parts.append((first, kept, chunk_peak + chunk_total.log()))
     return out / total[..., None], peak + total.log(), parts
 
 
