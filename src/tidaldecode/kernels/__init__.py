@@ -20,6 +20,7 @@ from tidaldecode.kernels.append_token import append_token
 from tidaldecode.kernels.contract import ScoreKind
 from tidaldecode.kernels.dense_decode import dense_decode
 from tidaldecode.kernels.dense_select import dense_select
+from tidaldecode.kernels.linear import linear
 from tidaldecode.kernels.page_bounds import page_bound_scores
 from tidaldecode.kernels.select_tokens import Selection, select_tokens
 from tidaldecode.kernels.sparse_decode import sparse_decode
@@ -30,6 +31,7 @@ __all__ = [
     "append_token",
     "dense_decode",
     "dense_select",
+    "linear",
     "page_bound_scores",
     "select_tokens",
     "sparse_decode",

@@ -16,6 +16,7 @@ from tidaldecode.algorithm import LayerPlan, Role
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import ShortOfMemoryError, TidalError
 from tidaldecode.integrations.transformers.attention import KEYWORD, Forward
+from tidaldecode.integrations.transformers.compiler import COMPILER
 from tidaldecode.integrations.transformers.static_cache import FixedCache
 from tidaldecode.integrations.transformers.step_layers import StepLayers
 from tidaldecode.integrations.transformers.support import inspect_model
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WARM_UPS = 2
-COMPILER: dict[str, Any] = {"options": {"coordinate_descent_tuning": True}}
-"""How torch.compile fuses a step: for one row, products then run as fused reductions."""
 
 
 class DecodeStep:
