@@ -19,7 +19,6 @@ from transformers.generation.streamers import BaseStreamer
 import tidaldecode
 from tidaldecode import TidalConfig, TidalError, graph_generate
 from tidaldecode.errors import ShortOfMemoryError
-from tidaldecode.integrations.transformers.compiler import merge_products
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
 from tidaldecode.integrations.transformers.graph_generate import can_graph
 from tidaldecode.integrations.transformers.static_cache import FixedLayer
@@ -28,7 +27,6 @@ from tidaldecode.kernels import dispatch
 STEP = importlib.import_module("tidaldecode.integrations.transformers.decode_step")
 HANDLE = importlib.import_module("tidaldecode.integrations.transformers.handle")
 MODELS = ["Llama", "Qwen3", "Gemma3"]
-LINEAR = torch.ops.tidaldecode.linear.default
 WAYS = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_p": 0.9, "temperature": 0.8},
@@ -159,30 +157,6 @@ def test_a_compiled_step_is_one_graph_and_gives_the_same_tokens(family, monkeypa
         plain, graphed = both(model, ids)
     assert torch.equal(plain.sequences, graphed.sequences)
     torch.testing.assert_close(logits_of(graphed), logits_of(plain), atol=2e-4, rtol=2e-4)
-
-
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Phi3", "Gemma3"])
-def test_products_of_one_input_are_merged_and_give_the_same_tokens(family, monkeypatch):
-    torch._dynamo.reset()
-    calls = []
-
-    def backend(graph, _):
-        before = [node.target for node in graph.graph.nodes].count(torch.nn.functional.linear)
-        merge_products(graph)
-        targets = [node.target for node in graph.graph.nodes]
-        calls.append((before, targets.count(torch.nn.functional.linear), targets.count(LINEAR)))
-        return graph.forward
-
-    monkeypatch.setattr(STEP, "COMPILER", {"backend": backend})
-    model = build(family).half()
-    ids = torch.cat([prompt(24), prompt(24, seed=2)])
-    with tidaldecode.enable(model, **SMALL, cuda_graph="compiled"):
-        plain, graphed = both(model, ids)
-    assert torch.equal(plain.sequences, graphed.sequences)
-    ((before, left, merged),) = calls
-    layers = model.config.num_hidden_layers
-    assert left == 0 and merged == 4 * layers + 1
-    assert before == (4 if family == "Phi3" else 7) * layers + 1
 
 
 def test_steps_of_every_plan_and_capacity_share_one_compilation(monkeypatch):

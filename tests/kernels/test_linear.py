@@ -20,16 +20,44 @@ def backend(request):
     return request.param
 
 
-def check(batch, inputs, sizes, dtype, backend, x=None):
-    weights = [torch.randn(n, inputs, dtype=dtype, device=DEVICE) for n in sizes]
-    x = torch.randn(batch, inputs, dtype=dtype, device=DEVICE) if x is None else x
-    out = linear(x, weights, backend=backend)
-    assert out.shape == (batch, sum(sizes)) and out.dtype == dtype
-    stacked = torch.cat(weights).double()
-    exact, sums = x.double() @ stacked.T, x.double().abs() @ stacked.abs().T
-    unit = torch.finfo(dtype).eps
-    allowed = unit * exact.abs() + 8 * torch.finfo(torch.float32).eps * sums
+def new(*shape, dtype):
+    return torch.randn(*shape, dtype=dtype, device=DEVICE)
+
+
+def check(batch, inputs, sizes, dtype, backend, x=None, gain=False, gated=False, residual=False):
+    weights = [new(n, inputs, dtype=dtype) for n in sizes]
+    x = new(batch, inputs, dtype=dtype) if x is None else x
+    outputs = sizes[0] if gated else sum(sizes)
+    extras = {
+        "gain": new(inputs, dtype=dtype) if gain else None,
+        "residual": new(batch, outputs, dtype=dtype) if residual else None,
+    }
+    out = linear(x, weights, eps=0.5, gated=gated, backend=backend, **extras)
+    assert out.shape == (batch, outputs) and out.dtype == dtype
+    exact, allowed = reference(x, weights, gated, **extras)
     assert ((out.double() - exact).abs() <= allowed).all()
+
+
+def reference(x, weights, gated, gain, residual):
+    """fp64, and what rounding once at each named step may change."""
+    unit = torch.finfo(x.dtype).eps
+    x, stacked = x.double(), torch.cat(weights).double()
+    steps = 1
+    if gain is not None:
+        x, steps = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.5) * gain.double(), 3
+    exact, sums = x @ stacked.T, x.abs() @ stacked.abs().T
+    # Rounded inputs of a product err independently of each other: far below their sum.
+    allowed = unit * exact.abs() + 8 * torch.finfo(torch.float32).eps * sums
+    allowed += (steps - 1) * unit * (x.pow(2) @ stacked.pow(2).T).sqrt()
+    if gated:
+        (gate, up), (gate_off, up_off) = exact.chunk(2, 1), allowed.chunk(2, 1)
+        exact = torch.nn.functional.silu(gate) * up
+        allowed = 1.1 * gate_off * up.abs() + gate.abs() * up_off + 3 * unit * exact.abs()
+        allowed += gate_off * up_off
+    if residual is not None:
+        exact = exact + residual.double()
+        allowed = allowed + unit * (exact.abs() + residual.double().abs())
+    return exact, allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,6 +73,23 @@ def test_edges_of_tiles(batch, inputs, backend):
     check(batch, inputs, (9, 16), torch.float16, backend)
 
 
+@pytest.mark.parametrize("inputs", [40, 128, 513, 4200])
+@pytest.mark.parametrize("extra", ["gain", "gated", "residual", "all"])
+def test_what_comes_before_and_after(extra, inputs, backend):
+    extras = dict.fromkeys(("gain", "gated", "residual") if extra == "all" else (extra,), True)
+    check(1, inputs, (21, 21), torch.float16, backend, **extras)
+    if "gain" not in extras:
+        check(5, inputs, (21, 21), torch.float16, backend, **extras)
+
+
+def test_strides_of_the_residual_are_honoured(backend):
+    x, weight = new(3, 32, dtype=torch.float16), new(8, 32, dtype=torch.float16)
+    store = torch.full((3, 16), torch.nan, dtype=torch.float16, device=DEVICE)
+    store[:, ::2] = new(3, 8, dtype=torch.float16)
+    expected = linear(x, [weight], residual=store[:, ::2].clone(), backend=backend)
+    assert torch.equal(linear(x, [weight], residual=store[:, ::2], backend=backend), expected)
+
+
 @settings(deadline=None, max_examples=EXAMPLES)
 @given(
     batch=st.integers(1, 64),
@@ -57,7 +102,7 @@ def test_any_shape(batch, inputs, sizes):
 
 
 def test_a_wide_product_takes_the_other_tile(backend):
-    check(2, 70, (8200,), torch.float16, backend)
+    check(2, 70, (4100,), torch.float16, backend)
 
 
 def test_strides_of_the_input_are_honoured(backend):
@@ -91,3 +136,17 @@ X, W = torch.zeros(2, 8), torch.zeros(4, 8)
 def test_bad_arguments_are_named(x, weights, message):
     with pytest.raises(TidalError, match=message):
         linear(x, weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gain": torch.ones(8)}, "^gain: expected one row to normalise, got 2"),
+        ({"gain": torch.ones(4)}, r"^gain: expected shape \[8\], got \[4\]"),
+        ({"residual": torch.ones(2, 3)}, r"^residual: expected shape \[2, 4\], got \[2, 3\]"),
+        ({"gated": True}, r"^gated: expected two weights of one size, got sizes \[4\]"),
+    ],
+)
+def test_bad_extras_are_named(options, message):
+    with pytest.raises(TidalError, match=message):
+        linear(X, [W], **options)

@@ -1,4 +1,8 @@
-"""linear: a few rows times several weights that share their input, in one pass over the weights."""
+"""linear: a few rows times the weights that share them, with what comes before and after in a decoder.
+
+Reading the weights is nearly all that such a product costs; what else touches the rows is free inside,
+and costs a launch outside.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +21,57 @@ MAX_WEIGHTS = 3
 
 
 def linear(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], *, backend: str = "auto"
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    *,
+    gain: torch.Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """``x [B, K]`` times the transpose of each weight ``[N_i, K]``, side by side: ``[B, sum(N_i)]``.
 
-    One to three contiguous weights of x's dtype, up to 64 rows; accumulation is fp32. In Triton the
-    first bytes of the weights are read before the kernel that makes ``x`` has ended.
+    Accumulation is fp32. In Triton the first bytes of the weights are read before the kernel that
+    makes ``x`` has ended, and what comes before and after the product is not rounded in between.
+
+    Args:
+        weights: one to three, contiguous, of x's dtype; ``x`` has up to 64 rows.
+        gain: ``[K]``: RMS-normalise ``x`` with ``eps`` and this gain first (arXiv 1910.07467). One row
+            only: several would be normalised by every program anew.
+        gated: two weights of one size, gate and up: return ``silu(gate) * up [B, N]``
+            (arXiv 2002.05202).
+        residual: ``[B, sum(N_i)]``, or ``[B, N]`` where gated: added to the result.
 
     Errors: `TidalError` naming the argument that breaks the contract.
     """
     check_tensor("x", x, (None, None), dtypes=FLOAT_DTYPES, device=x.device)
+    outputs = _check(x, weights, gated)
+    for name, extra, shape in (
+        ("gain", gain, (x.shape[1],)),
+        ("residual", residual, (x.shape[0], outputs)),
+    ):
+        if extra is not None:
+            check_tensor(name, extra, shape, dtypes=(x.dtype,), device=x.device)
+    if gain is not None and x.shape[0] > 1:
+        raise TidalError(f"gain: expected one row to normalise, got {x.shape[0]}")
+    if resolve_backend(backend, x.device, dtype=x.dtype) == "triton":
+        from tidaldecode.kernels.triton import linear as twin
+
+        return twin.linear(x, weights, gain, eps, gated, residual, outputs)
+    if gain is not None:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        x = gain * wide.to(x.dtype)
+    products = [torch.nn.functional.linear(x, weight) for weight in weights]
+    if gated:
+        products = [torch.nn.functional.silu(products[0]) * products[1]]
+    out = torch.cat(products, 1)
+    return out if residual is None else residual + out
+
+
+def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], gated: bool) -> int:
+    """Columns of the result. Errors: `TidalError`."""
     batch, inputs = x.shape
     if not 1 <= len(weights) <= MAX_WEIGHTS or batch > MAX_ROWS:
         raise TidalError(
@@ -37,8 +82,9 @@ def linear(
         check_tensor("weight", weight, (None, inputs), dtypes=(x.dtype,), device=x.device)
         if not weight.is_contiguous():
             raise TidalError(f"weight: expected it contiguous, got strides {weight.stride()}")
-    if resolve_backend(backend, x.device, dtype=x.dtype) == "triton":
-        from tidaldecode.kernels.triton import linear as twin
-
-        return twin.linear(x, weights)
-    return torch.cat([torch.nn.functional.linear(x, weight) for weight in weights], 1)
+    sizes = [weight.shape[0] for weight in weights]
+    if not gated:
+        return sum(sizes)
+    if len(sizes) != 2 or sizes[0] != sizes[1]:
+        raise TidalError(f"gated: expected two weights of one size, got sizes {sizes}")
+    return sizes[0]
