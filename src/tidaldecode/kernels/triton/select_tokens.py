@@ -35,7 +35,7 @@ from tidaldecode.kernels.triton._radix import (
     token_rank,
 )
 
-STRETCH = 1024
+STRETCH = 2048
 """Tokens of one program."""
 _LISTED = 4096
 """Candidates of a set that are listed; if there are more, the scores are read again."""
@@ -43,7 +43,7 @@ _FEW = 128
 """Candidates that are compared each with each; no more than are listed."""
 _TILE = 512
 """Candidates that are read at a time if there are more."""
-_WARPS = 4
+_WARPS = 16
 _COPIES, _FEW_SETS = 8, 8
 """Copies of a histogram, where there are at most so many sets."""
 

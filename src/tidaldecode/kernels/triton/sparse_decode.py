@@ -157,5 +157,5 @@ _FEWEST = 64
 
 def _tile(padded_dim: int, element_size: int, tokens: int) -> tuple[int, int, int]:
     """``(tokens in a tile, warps, pipeline stages)`` for programs that read so many tokens."""
-    most = 4096 // padded_dim if element_size == 4 else 8192 // padded_dim
+    most = 4096 // padded_dim if element_size == 4 else min(128, 16384 // padded_dim)
     return max(16, min(most, max(_FEWEST, triton.next_power_of_2(tokens)))), 4, 2
