@@ -14,6 +14,7 @@ from tidaldecode.kernels import (
     append_token,
     dense_decode,
     dense_select,
+    linear,
     select_tokens,
     sparse_decode,
 )
@@ -63,3 +64,16 @@ def test_a_token_is_appended():
     for row, last in enumerate(lens.tolist()):
         assert torch.equal(cache[:, row, :, last - 1], new[:, row])
     assert int(cache.count_nonzero()) == int(new.count_nonzero())
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_weights_are_multiplied(rows):
+    x = torch.randn(rows, 600, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(200, 600, device="cuda", dtype=torch.bfloat16) / 25 for _ in range(2)]
+    residual = torch.randn(rows, 200, device="cuda", dtype=torch.bfloat16)
+    gain = torch.rand(600, device="cuda", dtype=torch.bfloat16) if rows == 1 else None
+    plain, twin = (
+        linear(x, weights, gain=gain, gated=True, residual=residual, backend=backend)
+        for backend in ("torch", "triton")
+    )
+    torch.testing.assert_close(twin, plain, atol=0.1, rtol=0.05)
