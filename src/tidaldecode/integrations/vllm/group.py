@@ -22,7 +22,7 @@ from tidaldecode.integrations.vllm.options import read_options
 from tidaldecode.integrations.vllm.step import StepMaker
 from tidaldecode.integrations.vllm.support import check_backend
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.tidaldecode")  # vLLM shows what is logged below its own name
 OURS = (Role.SELECT, Role.SPARSE)
 
 
@@ -72,14 +72,14 @@ def plan_group(
         sets=_sets(config, vllm_config),
         min_context=read_options(vllm_config.additional_config).min_context,
         max_rows=_max_rows(vllm_config),
-        rows_at_once=work_memory(vllm_config).rows_at_once,
+        rows_at_once=work_memory(vllm_config, config).rows_at_once,
         device=device,
     )
 
 
-def work_memory(vllm_config: Any) -> WorkMemory:
+def work_memory(vllm_config: Any, config: TidalConfig | None = None) -> WorkMemory:
     """What selection layers of this engine need. Errors: `TidalError` when a row does not fit."""
-    config, _, _ = _resolve(vllm_config)
+    config = config or _resolve(vllm_config)[0]
     # Block tables are as wide as the longest sequence, rounded up to whole blocks, or to 128 tokens.
     unit = max(128, vllm_config.cache_config.block_size or 0)
     return WorkMemory.plan(
