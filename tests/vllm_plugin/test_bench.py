@@ -63,8 +63,8 @@ def jobs(tmp_path, **changes):
 
 
 def test_computed_contexts_and_a_batch_that_does_not_fit(tmp_path):
-    job = jobs(tmp_path, sizes=[(40, 1), (60, 2)])[TIDAL]
-    job.engine.update(block_size=16, num_gpu_blocks_override=1 + 96 // 16)
+    job = jobs(tmp_path, sizes=[(40, 1), (60, 3)])[TIDAL]
+    job.engine.update(block_size=16, num_gpu_blocks_override=1 + 160 // 16)
     done = []
     found = run_job(job, tmp_path, tmp_path / "log", lambda: done.append(1))
     assert [type(result) for result in found] == [Started, StepTime, StepTime]
