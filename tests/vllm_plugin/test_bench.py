@@ -66,7 +66,7 @@ def test_computed_contexts_and_a_batch_that_does_not_fit(tmp_path):
     job = jobs(tmp_path, sizes=[(40, 1), (60, 3)])[TIDAL]
     job.engine.update(block_size=16, num_gpu_blocks_override=1 + 160 // 16)
     done = []
-    found = run_job(job, tmp_path, tmp_path / "log", lambda: done.append(1))
+    found = run_job(job, tmp_path / "log", lambda: done.append(1))
     assert [type(result) for result in found] == [Started, StepTime, StepTime]
     assert found[1].milliseconds > 0 and found[2].milliseconds is None
     assert len(done) == 3
@@ -76,7 +76,7 @@ def test_an_engine_that_stops_is_an_error_with_its_last_word(tmp_path):
     job = jobs(tmp_path)[TIDAL]
     job.engine["additional_config"]["tidaldecode"]["select_layers"] = [77]
     with pytest.raises(TidalError, match="TidalDecode: expected the engine to do its work"):
-        run_job(job, tmp_path, tmp_path / "log", lambda: None)
+        run_job(job, tmp_path / "log", lambda: None)
     assert "select_layers: expected layer numbers from 0 to 5" in (tmp_path / "log").read_text()
 
 

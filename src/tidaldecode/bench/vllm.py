@@ -130,12 +130,13 @@ def make_jobs(
     }
 
 
-def run_job(job: Job, folder: Path, log: Path, on_result: Callable[[], None]) -> list[Result]:
-    """Do a job in a process of its own; what it prints goes to ``log``.
+def run_job(job: Job, log: Path, on_result: Callable[[], None]) -> list[Result]:
+    """Do a job in a process of its own; what it prints goes to ``log``, its results beside it.
 
     Errors: `TidalError` with the last line of the log, when the engine stops before its end.
     """
-    job_file, answers = folder / f"{job.method}.json", folder / f"{job.method}.jsonl"
+    job_file, answers = log.with_suffix(".job"), log.with_suffix(".jsonl")
+    answers.unlink(missing_ok=True)
     job.save(job_file)
     command = [sys.executable, "-m", "tidaldecode.bench.vllm_engine", str(job_file), str(answers)]
     seen = 0

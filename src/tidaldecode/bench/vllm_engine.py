@@ -90,7 +90,7 @@ class Engine:
 def _randomise(model: torch.nn.Module) -> None:
     """Weights of a model at the beginning of its training: vLLM's own dummies leave no signal."""
     generator: torch.Generator | None = None
-    with torch.no_grad():
+    with torch.inference_mode():
         for name, weight in model.named_parameters():
             if generator is None:
                 generator = torch.Generator(weight.device).manual_seed(0)

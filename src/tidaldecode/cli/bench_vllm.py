@@ -91,7 +91,7 @@ def vllm(
             bar = progress.add_task("vLLM", total=len(jobs) * (1 + len(sizes) + mixed))
             for method, job in jobs.items():
                 log = logs / f"{method}.log"
-                results[method] = run_job(job, folder, log, lambda: progress.advance(bar))
+                results[method] = run_job(job, log, lambda: progress.advance(bar))
                 if json_file is not None:
                     record = run_record(
                         task="bench vllm", shape=shape, vllm=version, options=options,
