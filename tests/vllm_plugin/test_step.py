@@ -154,6 +154,18 @@ def test_steps_reuse_the_memory_that_a_graph_keeps():
     assert steps[0].state.selection is None
 
 
+def test_compiling_for_every_number_of_rows_leaves_the_step_as_it_was(monkeypatch):
+    batch, cold, seen = Batch(20, 19, 9), maker(), []
+    step = cold.make(3, batch.seq_lens, batch.block_table, torch.tensor([False, True, False]))
+    cold.is_warm = False
+    begin = cold.begin
+    monkeypatch.setattr(
+        cold, "begin", lambda lens, table: seen.append(len(lens)) or begin(lens, table)
+    )
+    assert differs(batch.walk(step, 2), batch.dense()) == [True, False, True]
+    assert seen == list(range(1, MAX_ROWS + 1)) and cold.is_warm
+
+
 def test_short_batches_are_dense_altogether():
     assert maker().is_dense(6)
     assert not maker().is_dense(7)

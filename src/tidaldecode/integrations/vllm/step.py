@@ -87,6 +87,7 @@ class StepMaker:
         self._prefilling = torch.zeros(max_rows, dtype=torch.bool, device=device)
         self._whole_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._scratch = Scratch(histogram_elements(min(max_rows, rows_at_once) * sets))
+        self._scratch.zeros(1, device)  # now, and not within a capture
         self.is_warm = device.type != "cuda"
 
     def is_dense(self, max_seq_len: int) -> bool:
@@ -140,7 +141,7 @@ class StepMaker:
 
         Few rows are split over more programs, and every number of splits is another kernel.
         """
-        if self.is_warm or torch.cuda.is_current_stream_capturing():
+        if self.is_warm or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self.is_warm = True
         assert like.block_table is not None
