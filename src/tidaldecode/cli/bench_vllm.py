@@ -87,16 +87,17 @@ def vllm(
             sizes=sizes, steps=steps, mixed=load if mixed else None, computed=prefill, dtype=dtype,
             eager=eager, gpu_memory=gpu_memory, max_model_len=max_model_len, chunk=chunk,
         )  # fmt: skip
+        # Before both engines: it looks at the device, which may take some of its memory.
+        record = run_record(
+            task="bench vllm", shape=shape, vllm=version, options=options,
+            random_contexts=not prefill, jobs={m: asdict(j) for m, j in jobs.items()},
+        )  # fmt: skip
         with rows_progress(console) as progress:
             bar = progress.add_task("vLLM", total=len(jobs) * (1 + len(sizes) + mixed))
             for method, job in jobs.items():
                 log = logs / f"{method}.log"
                 results[method] = run_job(job, log, lambda: progress.advance(bar))
                 if json_file is not None:
-                    record = run_record(
-                        task="bench vllm", shape=shape, vllm=version, options=options,
-                        random_contexts=not prefill, jobs={m: asdict(j) for m, j in jobs.items()},
-                    )  # fmt: skip
                     write_json(json_file, {"record": record, "results": _plain(results)})
     title = f"vLLM {version}, {shape} ({dtype}), budget {budget:,}"
     console.print(_step_table(results, title))
