@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("vllm.config", reason="make test-vllm installs vLLM")
 
 import torch
+import vllm
 from engines import serve
 from test_step import MAX_ROWS, Batch, maker, starts
 from tidal_vllm_cpu.backend import TidalTorchBuilder
@@ -65,6 +66,10 @@ def test_the_first_batch_compiles_the_kernels_however_short_it_is():
     assert made.build(0, common(6, 5)).tidal is not None
 
 
+@pytest.mark.skipif(
+    vllm.__version__.startswith("0.33."),
+    reason="vLLM 0.33's CPU runner measures nothing when eager",
+)
 def test_an_engine_claims_memory_while_it_is_measured_and_keeps_none(monkeypatch):
     claimed = []
     monkeypatch.setattr(memory, "claim", lambda device, count: claimed.append(count))
