@@ -8,7 +8,7 @@ NEWEST_VLLM := 0.33.0
 SOURCES := src tests training
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-gpu test-oldest test-vllm test-vllm-newest lint format bench clean help
+.PHONY: demo test test-gpu test-oldest test-vllm test-vllm-newest test-vllm-gpu lint format bench clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -52,6 +52,9 @@ test-vllm: $(VLLM)/.installed ## the vLLM plugin in the official wheel of the ol
 
 test-vllm-newest: $(VLLM)-newest/.installed ## the same in the newest
 	$(VLLM)-newest/bin/python -m pytest tests/vllm_plugin
+
+test-vllm-gpu: ## the vLLM plugin on an NVIDIA GPU, in the Python that has vLLM
+	$(PYTHON) -m pytest tests/gpu_vllm
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check $(SOURCES)

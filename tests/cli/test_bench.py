@@ -109,3 +109,17 @@ def test_bad_input_is_one_line_and_exit_code_two(options, message, capsys):
     assert run([*TINY, *options]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith(f"tidaldecode: error: {message}")
+
+
+def test_vllm_that_is_not_there_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("tidaldecode.bench.vllm.package_version", lambda _: None)
+    assert run(["bench", "vllm"]) == 2
+    assert "vllm: expected it to be installed, found none; pip install" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_vllm_without_a_gpu_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("tidaldecode.bench.vllm.package_version", lambda _: "0.26.0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    assert run(["bench", "vllm"]) == 2
+    assert "device: expected an NVIDIA GPU, found none" in capsys.readouterr().err

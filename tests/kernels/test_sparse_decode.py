@@ -227,3 +227,42 @@ def test_a_selection_that_breaks_the_contract_is_refused_by_name(positions, coun
     case = make_case(2, 2, 3, 16, 5)
     with pytest.raises(TidalError, match=message):
         sparse_decode(case.q, case.k, case.v, Selection(positions, counts), scale=1.0)
+
+
+def whole(case: Case, *lens: int) -> dict[str, torch.Tensor]:
+    return {"whole_lens": torch.tensor(lens, dtype=torch.int32), "out": torch.full_like(case.q, 9)}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "paged 3"])
+@pytest.mark.parametrize("granularity", ["shared", "kv_head", "query_head"])
+def test_rows_that_are_attended_to_whole_do_not_look_at_their_selection(layout, granularity):
+    case = make_case(3, 2, 2, 16, 40, ends=[40, 25, 0], layout=layout)
+    chosen = choose(case, sets_of(case, granularity), 0.2, ragged=False)
+    keep = heads_of(chosen, 4).clone()
+    keep[1] = case.keep[1]
+    options = whole(case, 0, 25, 0)
+    out, lse = sparse_decode(
+        case.q, selection=selection_of(chosen), scale=case.scale, **case.cache(), **options
+    )
+    assert out is options["out"]
+    assert_attends_exactly(out, lse, case.q, case.k, case.v, keep, case.scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("whole_lens", torch.zeros(2, dtype=torch.int64)),
+        ("whole_lens", torch.zeros(3, dtype=torch.int32)),
+        ("out", torch.zeros(2, 4, 8)),
+        ("out", torch.zeros(2, 16, 4).transpose(1, 2)),
+    ],
+)
+def test_memory_of_another_shape_is_refused(name, wrong):
+    case = make_case(2, 2, 2, 16, 8)
+    with pytest.raises(TidalError, match=f"{name}: expected"):
+        sparse_decode(
+            case.q,
+            selection=selection_of(case.valid[:, None]),
+            scale=1.0,
+            **{**case.cache(), name: wrong},
+        )

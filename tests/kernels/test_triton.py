@@ -339,3 +339,26 @@ def test_one_scratch_serves_selections_of_any_size():
             "recent_tokens": 3,
         }
         assert_selection_is_exact(run_select(scratch, **call), call)
+
+
+@pytest.mark.parametrize("granularity", ["shared", "kv_head", "query_head"])
+@pytest.mark.parametrize("tokens", [16, None])
+def test_rows_that_are_attended_to_whole(granularity, tokens):
+    """Longer than the selection has slots, shorter, empty; split over several programs and not."""
+    case = make_case(4, 2, 2, 16, 70, ends=[70, 61, 3, 0], layout="paged 16")
+    chosen = choose(case, sets_of(case, granularity), 0.2, ragged=True)
+    keep = heads_of(chosen, 4).clone()
+    keep[1:3] = case.keep[1:3]
+    out = torch.full_like(case.q, 9).to(DEVICE)
+    with small_tiles(tokens):
+        found, lse = sparse_decode(
+            moved(case.q),
+            selection=selection_of(chosen).to(torch.device(DEVICE)),
+            scale=case.scale,
+            backend="triton",
+            whole_lens=torch.tensor([0, 61, 3, 0], dtype=torch.int32, device=DEVICE),
+            out=out,
+            **{name: moved(value) for name, value in case.cache().items()},
+        )
+    assert found is out
+    assert_attends(out.cpu(), lse.cpu(), case, keep)

@@ -3,7 +3,7 @@
 import pytest
 
 from tidaldecode import TidalError
-from tidaldecode.integrations.vllm.options import KEY, OF_CONFIG, read_options
+from tidaldecode.integrations.vllm.options import KEY, OF_CONFIG, OF_SERVER, read_options
 
 
 def test_nothing_is_required():
@@ -23,9 +23,11 @@ def test_every_named_option_is_taken_over():
         "backend": "torch",
     }
     assert set(section) == set(OF_CONFIG)
-    options = read_options({KEY: {**section, "min_context": 4096}, "another_plugin": 1})
+    server = {"min_context": 4096, "scratch_mib": 64}
+    assert set(server) == set(OF_SERVER)
+    options = read_options({KEY: {**section, **server}, "another_plugin": 1})
     assert dict(options.overrides) == section
-    assert options.min_context == 4096
+    assert (options.min_context, options.scratch_mib) == (4096, 64)
 
 
 @pytest.mark.parametrize("section", [{"score": "logits"}, {"sink_tokens": 2000}])
@@ -49,6 +51,8 @@ def test_an_option_that_the_file_beside_the_model_may_complete_is_taken(section)
         ({"select_layers": [3, 2]}, "select_layers"),
         ({"min_context": -1}, "min_context"),
         ({"min_context": True}, "min_context"),
+        ({"scratch_mib": 0}, "scratch_mib"),
+        ({"scratch_mib": "512"}, "scratch_mib"),
         ([("budget", 1)], "JSON object"),
     ],
 )

@@ -5,8 +5,9 @@ import torch
 
 from tidaldecode import TidalConfig
 from tidaldecode.algorithm import LayerPlan, Role
-from tidaldecode.integrations.vllm.step import StepMaker, count_decode_rows
+from tidaldecode.integrations.vllm.step import DecodeStep, StepMaker, count_decode_rows
 from tidaldecode.kernels import dense_decode
+from tidaldecode.kernels.scratch import histogram_elements
 
 BLOCK, HEADS, KV_HEADS, DIM, MAX_ROWS = 4, 4, 2, 8, 6
 PLAN = LayerPlan.build(4, dense_layers=1, select_layers=(1,))
@@ -57,16 +58,27 @@ class Batch:
         )
         return out
 
-    def run(self, maker: StepMaker, layer: int, prefilling=None, captured=False) -> torch.Tensor:
-        rows = len(self.seq_lens)
-        step = maker.make(rows, self.seq_lens, self.block_table, prefilling, captured=captured)
-        select = step.attend(self.q, self.k, self.v, 1, scale=0.5)
-        return select if layer == 1 else step.attend(self.q, self.k, self.v, layer, scale=0.5)
+    def run(self, maker: StepMaker, layer: int, prefilling=None) -> torch.Tensor:
+        step = maker.make(len(self.seq_lens), self.seq_lens, self.block_table, prefilling)
+        return self.walk(step, layer)
+
+    def walk(self, step: DecodeStep, layer: int) -> torch.Tensor:
+        """The output of a layer, the selection layer having run before it."""
+        outs = torch.full((2, *self.q.shape), torch.nan)
+        for out, index in zip(outs, (1, layer), strict=True):
+            step.attend(self.q, self.k, self.v, index, scale=0.5, out=out)
+        return outs[1]
 
 
-def maker(min_context: int = 0) -> StepMaker:
+def maker(min_context: int = 0, rows_at_once: int = MAX_ROWS) -> StepMaker:
     return StepMaker(
-        CONFIG, PLAN, min_context=min_context, max_rows=MAX_ROWS, device=torch.device("cpu")
+        CONFIG,
+        PLAN,
+        sets=1,
+        min_context=min_context,
+        max_rows=MAX_ROWS,
+        rows_at_once=rows_at_once,
+        device=torch.device("cpu"),
     )
 
 
@@ -93,7 +105,16 @@ def test_a_row_in_prefill_is_dense_at_any_length():
 def test_flags_of_one_batch_do_not_reach_the_next():
     batch, ours = Batch(20, 19, 18), maker()
     batch.run(ours, 2, torch.tensor([True, True, True]))
-    assert all(differs(batch.run(ours, 2, captured=True), batch.dense()))
+    assert all(differs(batch.run(ours, 2), batch.dense()))
+
+
+def test_a_captured_step_serves_the_batch_that_was_made_last():
+    """A graph replays with the memory of its own step, whatever the step of this batch is used for."""
+    ours, first = maker(), Batch(20, 19, 18)
+    captured = ours.make(3, first.seq_lens, first.block_table, torch.tensor([True, True, True]))
+    later = Batch(20, 19, 18)
+    ours.make(3, later.seq_lens, later.block_table, torch.tensor([False, True, False]))
+    assert differs(first.walk(captured, 2), first.dense()) == [True, False, True]
 
 
 def test_fewer_flags_than_rows_leave_the_rest_alone():
@@ -107,24 +128,42 @@ def test_rows_below_min_context_are_dense():
     assert differs(batch.run(maker(15), 2), batch.dense()) == [True, False, True]
 
 
-def test_a_captured_step_equals_an_eager_one():
-    batch = Batch(20, 6, 13)
-    assert torch.equal(batch.run(maker(), 2, captured=True), batch.run(maker(), 2))
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 4])
+def test_rows_that_select_in_parts_select_the_same(rows_at_once):
+    batch = Batch(20, 6, 13, 17, 9)
+    parts = maker(rows_at_once=rows_at_once)
+    for layer in (1, 2):
+        assert torch.equal(batch.run(parts, layer), batch.run(maker(), layer))
 
 
 def test_rows_of_length_zero_pad_a_batch():
     batch = Batch(20, 9)
     batch.seq_lens[1] = 0
-    out = batch.run(maker(), 2, captured=True)
+    out = batch.run(maker(), 2)
     assert out[1].abs().max() == 0
     assert out.isfinite().all()
 
 
 def test_steps_reuse_the_memory_that_a_graph_keeps():
     ours, batch = maker(), Batch(20, 9)
-    steps = [ours.make(2, batch.seq_lens, batch.block_table, None, captured=True) for _ in range(2)]
-    assert steps[0].dense_lens.data_ptr() == steps[1].dense_lens.data_ptr()
+    steps = [ours.make(2, batch.seq_lens, batch.block_table, None) for _ in range(2)]
+    assert steps[0].state.whole_lens.data_ptr() == steps[1].state.whole_lens.data_ptr()
+    memory = steps[0].state.scratch.zeros(1, torch.device("cpu"))
+    largest = steps[0].state.scratch.zeros(histogram_elements(MAX_ROWS), torch.device("cpu"))
+    assert memory.data_ptr() == largest.data_ptr()
     assert steps[0].state.selection is None
+
+
+def test_compiling_for_every_number_of_rows_leaves_the_step_as_it_was(monkeypatch):
+    batch, cold, seen = Batch(20, 19, 9), maker(), []
+    step = cold.make(3, batch.seq_lens, batch.block_table, torch.tensor([False, True, False]))
+    cold.is_warm = False
+    begin = cold.begin
+    monkeypatch.setattr(
+        cold, "begin", lambda lens, table: seen.append(len(lens)) or begin(lens, table)
+    )
+    assert differs(batch.walk(step, 2), batch.dense()) == [True, False, True]
+    assert seen == list(range(1, MAX_ROWS + 1)) and cold.is_warm
 
 
 def test_short_batches_are_dense_altogether():

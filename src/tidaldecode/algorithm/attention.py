@@ -33,6 +33,8 @@ class DecodeState:
     """``[B]`` int32: first valid position of each row (left padding), or None for 0."""
     block_table: torch.Tensor | None = None
     """``[B, max_blocks]`` int32 for a paged cache, or None."""
+    whole_lens: torch.Tensor | None = field(default=None, init=False)
+    """``[B]`` int32: length of a row that sparse layers attend to whole, 0 of any other; or None."""
     on_scores: OnScores | None = field(default=None, init=False)
     """Sees the scores of every selection layer, for those who study them."""
     selection: Selection | None = field(default=None, init=False)
@@ -72,6 +74,7 @@ class DecodeState:
         self.seq_lens = self.seq_lens.to(device)
         self.starts = None if self.starts is None else self.starts.to(device)
         self.block_table = None if self.block_table is None else self.block_table.to(device)
+        self.whole_lens = None if self.whole_lens is None else self.whole_lens.to(device)
         self.selection = None if self.selection is None else self.selection.to(device)
 
     def select(self, scores: torch.Tensor) -> None:
@@ -98,10 +101,12 @@ def decode_attention(
     state: DecodeState,
     *,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one layer for one new token per sequence: ``out [B, Hq, D]``.
 
-    ``q [B, Hq, D]``; ``k, v`` as in `tidaldecode.kernels`, the new token's included.
+    ``q [B, Hq, D]``; ``k, v`` as in `tidaldecode.kernels`, the new token's included. ``out``: where the
+    result goes, contiguous; new memory by default.
 
     Errors: `TidalError` for a layer that is not planned, a sparse layer with no selection in this
     step, and whatever breaks the kernel contract.
@@ -130,18 +135,20 @@ def decode_attention(
                 f"layer {layer}: expected a selection made earlier in this step, found none; "
                 f"run the layers in order (plan {plan})"
             )
-        out, _ = sparse_decode(
+        found, _ = sparse_decode(
             q,
             k,
             v,
             state.selection,
             scale=scale,
             block_table=state.block_table,
+            whole_lens=state.whole_lens,
+            out=out,
             backend=config.backend,
         )
-        return out
+        return found
     if role is Role.SELECT and state.on_scores is None:
-        out, _, state.selection = dense_select(
+        found, _, state.selection = dense_select(
             q,
             k,
             v,
@@ -156,8 +163,8 @@ def decode_attention(
             backend=config.backend,
             scratch=state.scratch,
         )
-        return out
-    out, _, scores = dense_decode(
+        return found if out is None else out.copy_(found)
+    found, _, scores = dense_decode(
         q,
         k,
         v,
@@ -171,7 +178,7 @@ def decode_attention(
     if scores is not None and state.on_scores is not None:
         state.on_scores(layer, scores)
         state.select(scores)
-    return out
+    return found if out is None else out.copy_(found)
 
 
 def score_kind(config: TidalConfig) -> ScoreKind:

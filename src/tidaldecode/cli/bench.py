@@ -1,4 +1,4 @@
-"""``tidaldecode bench kernels | decode``."""
+"""``tidaldecode bench kernels | decode | vllm``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tidaldecode.cli.bench_vllm import vllm
 from tidaldecode.cli.common import (
     DeviceOption,
     ModelOption,
@@ -48,6 +49,7 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="A copy for programs.")]
 
 app = typer.Typer(help="Time TidalDecode against full attention.", no_args_is_help=True)
+app.command()(vllm)
 
 
 @app.command()

@@ -1,19 +1,46 @@
-"""Memory that is zero between kernels, so that a step clears it once and not once a layer."""
+"""Memory that kernels work in: what is kept zero between them, and how much a selection layer needs."""
 
 from __future__ import annotations
 
 import torch
 
+_FEWEST = 4096
+HISTOGRAM, FEW_SETS, COPIES = 2048, 8, 8
+"""Bins of a set's histogram, of which there are so many copies for up to so many sets."""
+CANDIDATES = 4096
+"""Listed candidates of a set, eight bytes each."""
+
 
 class Scratch:
-    """Zeroed int32 memory that every kernel leaves zeroed. For one stream at a time."""
+    """Zeroed int32 memory that every kernel leaves zeroed. For one stream at a time.
 
-    def __init__(self) -> None:
+    ``reserved``: elements from the start; a CUDA graph must find its memory where it was captured.
+    """
+
+    def __init__(self, reserved: int = 0) -> None:
         self._memory: torch.Tensor | None = None
+        self._fewest = max(_FEWEST, reserved)
 
     def zeros(self, count: int, device: torch.device) -> torch.Tensor:
         """At least ``count`` zeros on ``device``; the same memory every time, while it suffices."""
         memory = self._memory
         if memory is None or memory.device != device or len(memory) < count:
-            memory = self._memory = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            count = max(count, self._fewest)
+            memory = self._memory = torch.zeros(count, dtype=torch.int32, device=device)
         return memory
+
+
+def histogram_elements(sets: int) -> int:
+    """Zeroed elements that a selection for up to ``sets`` sets in all asks for."""
+    return HISTOGRAM * max(sets, COPIES * min(sets, FEW_SETS))
+
+
+def select_bytes(query_heads: int, sets: int, width: int, budget: int) -> int:
+    """Memory of `dense_select` for one row of up to ``width`` tokens, its result included.
+
+    Logits of every query head and scores of every set, fp32, are most of it. What the row's split
+    attention needs beside them (two partial outputs for every multiprocessor) is not in it.
+    """
+    scores = 4 * width * (query_heads + sets)
+    chosen = sets * (8 * CANDIDATES + 4 * (budget + width // 1024 + 16))
+    return scores + chosen

@@ -27,12 +27,19 @@ def sparse_decode(
     *,
     scale: float,
     block_table: torch.Tensor | None = None,
+    whole_lens: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over ``selection``. Contract: `tidaldecode.kernels`.
 
     With R = 1 every head reads the same tokens, with R = Hkv each KV head its own, with R = Hq each
     query head its own. Positions must lie inside the row's valid range; -1 is skipped.
+
+    Args:
+        whole_lens: ``[B]`` int32 or None. A row whose entry is n > 0 attends to its first n tokens
+            instead, whatever was selected for it.
+        out: where the output goes, contiguous and as ``q`` otherwise; new memory by default.
 
     Returns:
         ``out [B, Hq, D]`` in q's dtype and ``lse [B, Hq]`` fp32, over the selected tokens.
@@ -52,6 +59,12 @@ def sparse_decode(
         raise TidalError(
             f"selection: expected 1, Hkv={kv_heads} or Hq={query_heads} sets per sequence, got {sets}"
         )
+    if whole_lens is not None:
+        check_tensor("whole_lens", whole_lens, (batch,), dtypes=int32, device=q.device)
+    if out is not None:
+        check_tensor("out", out, tuple(q.shape), dtypes=(q.dtype,), device=q.device)
+        if not out.is_contiguous():
+            raise TidalError(f"out: expected a contiguous tensor, got strides {out.stride()}")
     group = query_heads // max(sets, kv_heads)
     if (
         resolve_backend(backend, q.device, dtype=q.dtype, head_dim=head_dim, group=group)
@@ -66,19 +79,24 @@ def sparse_decode(
             selection,
             scale=scale,
             block_table=block_table,
+            whole_lens=whole_lens,
+            out=out,
         )
-    out = torch.zeros_like(q, dtype=torch.float32)
+    found = torch.zeros_like(q, dtype=torch.float32)
     lse = torch.full((batch, query_heads), -torch.inf, dtype=torch.float32, device=q.device)
     grouped = (q.float() * scale).reshape(
         batch, max(sets, kv_heads), query_heads // max(sets, kv_heads), head_dim
     )
     capacity = layout.capacity(k, block_table)
+    whole = [0] * batch if whole_lens is None else whole_lens.tolist()
     for row, row_counts in enumerate(counts.tolist()):
         chosen = positions[row, :, : max(row_counts)].long()
+        if whole[row] > 0:
+            chosen = torch.arange(whole[row], device=q.device)[None]
         if chosen.numel() == 0:
             continue
         lowest, highest = (int(bound) for bound in chosen.aminmax())
-        if max(row_counts) > positions.shape[2] or highest >= capacity:
+        if (whole[row] <= 0 and max(row_counts) > positions.shape[2]) or highest >= capacity:
             raise TidalError(
                 f"selection: expected at most {positions.shape[2]} positions below {capacity} (the "
                 f"cache's capacity) in row {row}, got {max(row_counts)} up to {highest}"
@@ -90,8 +108,8 @@ def sparse_decode(
         if padded is not None:
             chosen = chosen.masked_fill(padded, highest)
         row_out, row_lse = _sparse_row(grouped[row], k, v, block_table, row, chosen, padded)
-        out[row], lse[row] = row_out.flatten(0, 1), row_lse.flatten()
-    return out.to(q.dtype), lse
+        found[row], lse[row] = row_out.flatten(0, 1), row_lse.flatten()
+    return (found.to(q.dtype) if out is None else out.copy_(found)), lse
 
 
 def _sparse_row(

@@ -1,8 +1,9 @@
 """vLLM: TidalDecode as the attention backend of decode steps; everything else stays vLLM's.
 
 Read in this order: `options.py` (what ``--additional-config`` may say), `support.py` (what is refused,
-and why), `step.py` (which rows of a batch decode, and what a layer does with them), `mixins.py` (how
-that meets a backend of vLLM), `backend.py` (on top of FlashAttention).
+and why), `memory.py` (what a selection layer works in), `step.py` (which rows of a batch decode, and
+what a layer does with them), `group.py` (which layers are ours), `mixins.py` (how that meets a backend
+of vLLM), `backend.py` (on top of FlashAttention).
 """
 
 BACKEND = "tidaldecode.integrations.vllm.backend.TidalBackend"

@@ -7,28 +7,19 @@ layers are ours. It must keep keys and values packed as FlashAttention does from
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 
-from tidaldecode.algorithm import Role
 from tidaldecode.errors import TidalError
-from tidaldecode.integrations.settings import ModelFacts, resolve
-from tidaldecode.integrations.shape import read_shape
+from tidaldecode.integrations.vllm import memory
+from tidaldecode.integrations.vllm.group import OURS, plan_group, work_memory
 from tidaldecode.integrations.vllm.options import read_options
-from tidaldecode.integrations.vllm.step import DecodeStep, StepMaker, count_decode_rows
+from tidaldecode.integrations.vllm.step import DecodeStep, count_decode_rows
 from tidaldecode.integrations.vllm.support import KV_DTYPES, check_engine, check_layer
-
-logger = init_logger(__name__)
-_OURS = (Role.SELECT, Role.SPARSE)
 
 
 class TidalBackendMixin:
@@ -87,7 +78,8 @@ class TidalBuilderMixin:
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        self._maker = _plan_group(kv_cache_spec, layer_names, vllm_config, device)
+        memory.release()
+        self._maker = plan_group(kv_cache_spec, layer_names, vllm_config, device)
         self._captured = False
 
     def build(
@@ -112,18 +104,15 @@ class TidalBuilderMixin:
 
     def _step(self, common: Any) -> DecodeStep | None:
         """The step of this batch, or None if it is the dense backend's altogether."""
-        if self._maker is None or (not self._captured and self._maker.is_dense(common.max_seq_len)):
+        maker = self._maker
+        if maker is None:
             return None
         rows = count_decode_rows(common.query_start_loc_cpu, common.max_query_len)
         if rows == 0:
             return None
-        step = self._maker.make(
-            rows,
-            common.seq_lens,
-            common.block_table_tensor,
-            common.is_prefilling,
-            captured=self._captured,
-        )
+        step = maker.make(rows, common.seq_lens, common.block_table_tensor, common.is_prefilling)
+        if not self._captured and maker.is_warm and maker.is_dense(common.max_seq_len):
+            return None
         if rows < common.num_reqs:
             after = UBatchSlice(slice(rows, common.num_reqs), slice(rows, common.num_actual_tokens))
             (rest,) = split_attn_metadata([after], common)
@@ -166,6 +155,7 @@ class TidalImplMixin:
         engine = get_current_vllm_config()
         check_engine(engine)
         read_options(engine.additional_config)
+        self._engine = engine
         super().__init__(  # type: ignore[call-arg]
             num_heads,
             head_size,
@@ -198,9 +188,12 @@ class TidalImplMixin:
 
         Errors: `TidalError` for an output that should be quantised.
         """
+        if attn_metadata is None and kv_cache.numel() == 0:
+            # vLLM measures how much memory is left for the cache, and has no builder yet.
+            memory.claim(query.device, work_memory(self._engine).claimed)
         step: DecodeStep | None = getattr(attn_metadata, "tidal", None)
         index = self.layer_index
-        if step is None or index is None or step.plan[index] not in _OURS:
+        if step is None or index is None or step.maker.plan[index] not in OURS:
             return super().forward(  # type: ignore[misc,no-any-return]
                 layer,
                 query,
@@ -216,8 +209,8 @@ class TidalImplMixin:
             raise TidalError("output_scale: expected None, got a scale; disable fused quantisation")
         rows = step.rows
         keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
-        ours = step.attend(query[:rows], keys, values, index, scale=self.scale)  # type: ignore[attr-defined]
-        output[:rows].copy_(ours.view_as(output[:rows]))
+        out = output.view_as(query)[:rows]
+        step.attend(query[:rows], keys, values, index, scale=self.scale, out=out)  # type: ignore[attr-defined]
         if step.rest is not None:
             super().forward(  # type: ignore[misc]
                 layer,
@@ -229,69 +222,3 @@ class TidalImplMixin:
                 output[rows:],
             )
         return output
-
-
-def _plan_group(
-    kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-) -> StepMaker | None:
-    """Give the group's layers their numbers; return what makes its steps, or None if it has no part.
-
-    Errors: `TidalError` for options that cannot work on this model, and for full-attention layers
-    that vLLM spreads over several groups.
-    """
-    if not isinstance(kv_cache_spec, FullAttentionSpec):
-        return None
-    options = read_options(vllm_config.additional_config)
-    model = vllm_config.model_config
-    decoder = model.hf_text_config
-    name = ", ".join(getattr(model.hf_config, "architectures", None) or [decoder.model_type])
-    folder = Path(model.model)
-    config, plan, reason = resolve(
-        ModelFacts(
-            name=name,
-            folder=folder if folder.is_dir() else None,
-            model_type=model.hf_config.model_type,
-            decoder=decoder,
-            full_attention=read_shape(decoder, name).full_attention,
-        ),
-        None,
-        dict(options.overrides),
-    )
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    here = {extract_layer_index(found): found for found in layers}
-    stage = plan.for_stage(here)
-    ours = {index for index in here if stage[index] in _OURS}
-    in_group = {index for index, found in here.items() if found in layer_names}
-    if not ours & in_group:
-        return None
-    if missing := ours - in_group:
-        raise TidalError(
-            "vllm: expected all full-attention layers in one KV cache group, since they share a "
-            f"selection, got layers {sorted(missing)} in another; try --disable-hybrid-kv-cache-manager"
-        )
-    for index in in_group:
-        layer = layers[here[index]]
-        if index in ours and getattr(layer, "sliding_window", None) is not None:
-            raise TidalError(
-                f"layer {index}: expected full attention, as the model's configuration says, got a "
-                f"sliding window of {layer.sliding_window}"
-            )
-        layer.impl.layer_index = index
-    logger.info_once(
-        "TidalDecode: %s, budget %d, %s sets, selection layers %s (%s)",
-        str(stage),
-        config.budget,
-        config.granularity,
-        str(stage.layers(Role.SELECT)),
-        reason,
-    )
-    return StepMaker(
-        config,
-        stage,
-        min_context=options.min_context,
-        max_rows=max(
-            vllm_config.scheduler_config.max_num_seqs,
-            vllm_config.compilation_config.max_cudagraph_capture_size or 0,
-        ),
-        device=device,
-    )

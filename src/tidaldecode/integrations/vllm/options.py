@@ -23,6 +23,9 @@ OF_CONFIG = (
 )
 """Options of `TidalConfig` that mean something here; the others are the host's business."""
 
+OF_SERVER = ("min_context", "scratch_mib")
+"""Options of `ServingOptions` itself."""
+
 
 @dataclass(frozen=True)
 class ServingOptions:
@@ -33,10 +36,14 @@ class ServingOptions:
     min_context: int = 0
     """Sequences shorter than this, in tokens, are decoded densely; 0: the budget alone decides."""
 
+    scratch_mib: int = 512
+    """Memory, in MiB, that a selection layer's scores may take; more rows are taken in parts."""
+
     def __post_init__(self) -> None:
-        value = self.min_context
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise TidalError(f"min_context: expected a whole number from 0 up, got {value!r}")
+        for name, least in (("min_context", 0), ("scratch_mib", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise TidalError(f"{name}: expected a whole number from {least} up, got {value!r}")
         TidalConfig().replace(**{**_CONSISTENT, **self.overrides})
         if self.overrides.get("select_layers") in ((), []):
             raise TidalError(
@@ -60,12 +67,12 @@ def read_options(additional_config: Any) -> ServingOptions:
             f"additional-config: expected a JSON object under {KEY!r}, such as "
             f'{{"{KEY}": {{"budget": 1024}}}}, got {section!r}'
         )
-    known = (*OF_CONFIG, "min_context")
+    known = (*OF_CONFIG, *OF_SERVER)
     if unknown := [name for name in section if name not in known]:
         raise TidalError(
             f"additional-config: expected options of {KEY} among {', '.join(known)}, got "
             f"{', '.join(map(repr, unknown))}"
         )
-    values = dict(section)
-    min_context = values.pop("min_context", 0)
-    return ServingOptions(values, min_context)
+    overrides = {name: value for name, value in section.items() if name in OF_CONFIG}
+    server = {name: value for name, value in section.items() if name in OF_SERVER}
+    return ServingOptions(overrides, **server)

@@ -15,46 +15,56 @@ import torch
 
 from tidaldecode.algorithm import DecodeState, LayerPlan, Role, decode_attention
 from tidaldecode.config import TidalConfig
-from tidaldecode.kernels import dense_decode
-from tidaldecode.kernels.scratch import Scratch
+from tidaldecode.kernels import Selection
+from tidaldecode.kernels.scratch import Scratch, histogram_elements
 
 
 @dataclass
 class DecodeStep:
     """What the layers of one step share; made anew by the builder for every batch."""
 
+    maker: StepMaker
     rows: int
     """Leading rows of the batch with one query token; row b's token is token b of the batch."""
-    plan: LayerPlan
     state: DecodeState
-    dense_lens: torch.Tensor
-    """``[rows]`` int32: the length of a row that decodes densely, 0 of any other."""
-    any_dense: bool
-    """Whether there may be such a row. Always true in a captured graph, which serves other batches."""
     rest: Any = None
     """The dense backend's metadata for the rows after ours, or None if there are none."""
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, *, scale: float
-    ) -> torch.Tensor:
-        """Attention of a SELECT or SPARSE layer for our rows: ``out [rows, Hq, D]``.
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        *,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of a SELECT or SPARSE layer for our rows, into ``out``.
 
-        ``q [rows, Hq, D]``; ``k, v [num_blocks, block_size, Hkv, D]``.
+        ``q, out [rows, Hq, D]``; ``k, v [num_blocks, block_size, Hkv, D]``. A SELECT layer takes a few
+        rows at a time where its scores would need too much memory.
         """
-        out = decode_attention(q, k, v, layer, self.plan, self.state, scale=scale)
-        if self.plan[layer] is not Role.SPARSE or not self.any_dense:
-            return out
-        # A row of length 0 costs next to nothing, so this is cheap where nobody needs it.
-        dense, _, _ = dense_decode(
-            q,
-            k,
-            v,
-            self.dense_lens,
-            scale=scale,
-            block_table=self.state.block_table,
-            backend=self.state.config.backend,
+        maker, at_once = self.maker, self.maker.rows_at_once
+        maker.warm_up(q, k, v, self.state, scale)
+        if maker.plan[layer] is Role.SPARSE or self.rows <= at_once:
+            decode_attention(q, k, v, layer, maker.plan, self.state, scale=scale, out=out)
+            return
+        found = []
+        for first in range(0, self.rows, at_once):
+            some = slice(first, first + at_once)
+            part = maker.begin(self.state.seq_lens[some], self._table[some])
+            decode_attention(q[some], k, v, layer, maker.plan, part, scale=scale, out=out[some])
+            found.append(_selection(part))
+        self.state.selection = Selection(
+            torch.cat([part.positions for part in found]),
+            torch.cat([part.counts for part in found]),
         )
-        return torch.where((self.dense_lens > 0)[:, None, None], dense, out)
+
+    @property
+    def _table(self) -> torch.Tensor:
+        assert self.state.block_table is not None
+        return self.state.block_table
 
 
 class StepMaker:
@@ -65,14 +75,20 @@ class StepMaker:
         config: TidalConfig,
         plan: LayerPlan,
         *,
+        sets: int,
         min_context: int,
         max_rows: int,
+        rows_at_once: int,
         device: torch.device,
     ) -> None:
+        """``sets``: selected sets of a row; ``rows_at_once``: rows whose scores fit into memory."""
         self.config, self.plan, self.min_context = config, plan, min_context
+        self.rows_at_once = rows_at_once
         self._prefilling = torch.zeros(max_rows, dtype=torch.bool, device=device)
-        self._dense_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._scratch = Scratch()
+        self._whole_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._scratch = Scratch(histogram_elements(min(max_rows, rows_at_once) * sets))
+        self._scratch.zeros(1, device)  # now, and not within a capture
+        self.is_warm = device.type != "cuda"
 
     def is_dense(self, max_seq_len: int) -> bool:
         """Whether no row of a batch with sequences up to ``max_seq_len`` tokens decodes sparsely."""
@@ -84,34 +100,69 @@ class StepMaker:
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
         prefilling: torch.Tensor | None,
-        *,
-        captured: bool,
     ) -> DecodeStep:
         """The step of the first ``rows`` rows.
+
+        To be called for every batch, also one that will not use the step: a CUDA graph may run for it,
+        which reads what is written here.
 
         Args:
             seq_lens: ``[>= rows]`` int32 on the device; ``block_table [>= rows, max_blocks]`` int32.
             prefilling: ``[any]`` bool on the host, rows beyond its end do not prefill; None: none does.
-            captured: whether a CUDA graph will replay this step for other batches.
         """
-        seq_lens, block_table = seq_lens[:rows], block_table[:rows]
-        flags, dense_lens = self._prefilling[:rows], self._dense_lens[:rows]
-        any_prefilling = prefilling is not None and bool(prefilling[:rows].any())
-        flags.zero_()
-        if prefilling is not None and any_prefilling:
-            flags[: len(prefilling)].copy_(prefilling[:rows], non_blocking=True)
-        dense = flags | (seq_lens < self.min_context)
-        torch.mul(seq_lens, dense, out=dense_lens)
-        state = DecodeState.begin(
+        seq_lens = seq_lens[:rows]
+        whole_lens = self._whole_lens[:rows]
+        some = (
+            None if prefilling is None or not bool(prefilling[:rows].any()) else prefilling[:rows]
+        )
+        if some is None and not self.min_context:
+            whole_lens.zero_()
+        else:
+            whole = seq_lens < self.min_context
+            if some is not None:
+                flags = self._prefilling[:rows].zero_()
+                flags[: len(some)].copy_(some, non_blocking=True)
+                whole |= flags
+            torch.mul(seq_lens, whole, out=whole_lens)
+        state = self.begin(seq_lens, block_table[:rows])
+        state.whole_lens = whole_lens
+        return DecodeStep(self, rows, state)
+
+    def begin(self, seq_lens: torch.Tensor, block_table: torch.Tensor) -> DecodeState:
+        """What the layers share that attend to these rows."""
+        return DecodeState.begin(
             self.config, self.plan, seq_lens, block_table=block_table, scratch=self._scratch
         )
-        return DecodeStep(
-            rows,
-            self.plan,
-            state,
-            dense_lens,
-            any_dense=captured or any_prefilling or self.min_context > self.config.budget,
-        )
+
+    def warm_up(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, like: DecodeState, scale: float
+    ) -> None:
+        """Once, and never during a capture: compile the kernels for every number of rows.
+
+        Few rows are split over more programs, and every number of splits is another kernel.
+        """
+        if self.is_warm or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self.is_warm = True
+        assert like.block_table is not None
+        layers = (self.plan.layers(Role.SELECT)[0], *self.plan.layers(Role.SPARSE)[:1])
+        table = like.block_table[:1]
+        for rows in range(1, min(_WARM_ROWS, self.rows_at_once, len(self._whole_lens)) + 1):
+            nothing = like.seq_lens.new_zeros(rows)
+            state = self.begin(nothing, torch.zeros_like(table.expand(rows, -1)))
+            state.whole_lens = nothing
+            queries = q.new_zeros(rows, *q.shape[1:])
+            for layer in layers:
+                decode_attention(queries, k, v, layer, self.plan, state, scale=scale)
+
+
+_WARM_ROWS = 34
+"""With so many rows even one KV head fills the largest GPUs of today without splits."""
+
+
+def _selection(state: DecodeState) -> Selection:
+    assert state.selection is not None
+    return state.selection
 
 
 def count_decode_rows(query_start_loc: torch.Tensor, max_query_len: int) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+
 from tidaldecode.errors import TidalError
+from tidaldecode.kernels.dispatch import resolve_backend
 
 OLDEST, NEWEST = (0, 26), (0, 33)
 KV_DTYPES = (None, "auto", "float16", "bfloat16", "float32")
@@ -71,6 +74,26 @@ def check_engine(config: Any) -> None:
     for found, expected, got in obstacles:
         if found:
             raise TidalError(f"vllm: expected {expected}, got {got}")
+
+
+def check_backend(
+    backend: str, device: torch.device, query_heads: int, kv_heads: int, config: Any
+) -> None:
+    """Refuse to capture the PyTorch kernels, which ask the device for lengths.
+
+    Errors: `TidalError` for a model or setting that would run them within CUDA graphs.
+    """
+    if device.type != "cuda" or not config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        return
+    model = config.model_config
+    head_dim, group = model.get_head_size(), query_heads // kv_heads
+    found = resolve_backend(backend, device, dtype=model.dtype, head_dim=head_dim, group=group)
+    if found == "torch":
+        raise TidalError(
+            f"backend: expected the Triton kernels for CUDA graphs, got those of PyTorch (backend "
+            f"{backend!r}, head dimension {head_dim}, {group} query heads per KV head); "
+            "use --enforce-eager"
+        )
 
 
 def check_layer(

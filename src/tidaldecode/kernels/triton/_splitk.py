@@ -117,13 +117,13 @@ class SplitOutputs:
     splits: int
 
     @classmethod
-    def make(cls, q: torch.Tensor, splits: int) -> SplitOutputs:
-        """Uninitialised memory for queries ``[B, Hq, D]``."""
+    def make(cls, q: torch.Tensor, splits: int, out: torch.Tensor | None = None) -> SplitOutputs:
+        """Uninitialised memory for queries ``[B, Hq, D]``; ``out``, if given, is part of it."""
         batch, heads, head_dim = q.shape
         parts = batch * heads * splits if splits > 1 else 0
         memory = torch.empty(parts * (head_dim + 1), dtype=torch.float32, device=q.device)
         return cls(
-            torch.empty(q.shape, dtype=q.dtype, device=q.device),
+            torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out,
             torch.empty((batch, heads), dtype=torch.float32, device=q.device),
             memory[: parts * head_dim],
             memory[parts * head_dim :],

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from tidaldecode.errors import TidalError
-from tidaldecode.kernels.scratch import Scratch
+from tidaldecode.kernels.scratch import CANDIDATES, COPIES, FEW_SETS, Scratch
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._radix import (
@@ -37,14 +37,14 @@ from tidaldecode.kernels.triton._radix import (
 
 STRETCH = 2048
 """Tokens of one program."""
-_LISTED = 4096
+_LISTED = CANDIDATES
 """Candidates of a set that are listed; if there are more, the scores are read again."""
 _FEW = 128
 """Candidates that are compared each with each; no more than are listed."""
 _TILE = 512
 """Candidates that are read at a time if there are more."""
 _WARPS = 16
-_COPIES, _FEW_SETS = 8, 8
+_COPIES, _FEW_SETS = COPIES, FEW_SETS
 """Copies of a histogram, where there are at most so many sets."""
 
 
@@ -277,8 +277,11 @@ class SelectionBuffers:
             )
         stretches = max(1, triton.cdiv(width, STRETCH))
         sizes = [sets, sets * stretches, sets * 2, sets * budget, sets]
-        ints = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-        listed, above, found, positions, counts = torch.split(ints, sizes)
+        # Each from a multiple of 16 bytes: Triton compiles a kernel anew for another alignment.
+        places = [size + -size % 4 for size in sizes]
+        ints = torch.empty(sum(places), dtype=torch.int32, device=device)
+        pieces = zip(torch.split(ints, places), sizes, strict=True)
+        listed, above, found, positions, counts = (piece[:size] for piece, size in pieces)
         copies = _COPIES if sets <= _FEW_SETS else 1
         bins = sets * copies * BINS.value
         return cls(

@@ -21,12 +21,13 @@ from tidaldecode.kernels.triton._splitk import (
 
 @triton.jit
 def _sparse_kernel(
-    q, k, v, positions, counts, block_table, out, lse, part_out, part_lse,
+    q, k, v, positions, counts, whole_lens, block_table, out, lse, part_out, part_lse,
     scale, table_stride, block_size, capacity, kv_heads,
     q_row, q_head, q_channel,
     k_row, k_head, k_token, k_channel,
     v_row, v_head, v_token, v_channel,
     p_row, p_set, p_token, c_row, c_set,
+    WHOLE_ROWS: tl.constexpr,
     PAGED: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -44,6 +45,9 @@ def _sparse_kernel(
     kv_head = head // (heads // kv_heads)
     chosen_set = 0 if SHARED_SET else head
     count = tl.load(counts + row * c_row + chosen_set * c_set)
+    if WHOLE_ROWS:
+        whole = tl.load(whole_lens + row)
+        count = tl.where(whole > 0, whole, count)
     stretch = tl.cdiv(tl.cdiv(count, BLOCK), SPLITS) * BLOCK
     lowest = split * stretch
     highest = tl.minimum(lowest + stretch, count)
@@ -65,7 +69,10 @@ def _sparse_kernel(
         chosen = positions + row.to(tl.int64) * p_row + chosen_set * p_set
         for first in range(lowest, highest, BLOCK):
             slot = first + tl.arange(0, BLOCK)
-            token = tl.load(chosen + slot * p_token, mask=slot < highest, other=-1)
+            listed = slot < (tl.where(whole > 0, 0, highest) if WHOLE_ROWS else highest)
+            token = tl.load(chosen + slot * p_token, mask=listed, other=-1)
+            if WHOLE_ROWS:
+                token = tl.where((whole > 0) & (slot < highest), slot, token)
             there = (token >= 0) & (token < capacity)
             inside = there[:, None] & (channel < D)[None, :]
             at = token_offsets(
@@ -104,6 +111,8 @@ def sparse_decode(
     *,
     scale: float,
     block_table: torch.Tensor | None,
+    whole_lens: torch.Tensor | None,
+    out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of `tidaldecode.kernels.sparse_decode`; positions beyond the cache's capacity are skipped."""
     batch, query_heads, head_dim = q.shape
@@ -116,12 +125,12 @@ def sparse_decode(
     programs = split_count(batch * heads, max(budget, 1), q.device, _PER_PROCESSOR)
     block, warps, stages = _tile(padded_dim, q.element_size(), triton.cdiv(budget, programs))
     splits = min(programs, triton.cdiv(max(budget, 1), block))
-    results = SplitOutputs.make(q, splits)
+    results = SplitOutputs.make(q, splits, out)
     if batch == 0:
         return results.out, results.lse
     _sparse_kernel[(splits, heads, batch)](
-        q, k, v, selection.positions, selection.counts, block_table, results.out, results.lse,
-        results.part_out, results.part_lse,
+        q, k, v, selection.positions, selection.counts, whole_lens, block_table,
+        results.out, results.lse, results.part_out, results.part_lse,
         scale * LOG2E,
         0 if block_table is None else block_table.stride(0),
         k.shape[1] if paged else 0,
@@ -132,6 +141,7 @@ def sparse_decode(
         *cache_strides(v, paged),
         *selection.positions.stride(),
         *selection.counts.stride(),
+        WHOLE_ROWS=whole_lens is not None,
         PAGED=paged,
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),

@@ -10,7 +10,12 @@ from itertools import pairwise
 from typing import Any
 
 PLUGIN = "tidaldecode.integrations.vllm.backend.TidalBackend"
-BASE = "tidal_vllm_cpu.backend.TidalTorchBackend"
+STOCK = "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"
+# FlashAttention has no CPU kernels: a base that has, and the same mixins on it.
+ON_CPU = {
+    PLUGIN: "tidal_vllm_cpu.backend.TidalTorchBackend",
+    STOCK: "tidal_vllm_cpu.backend.DenseBackend",
+}
 
 
 def activate() -> str | None:
@@ -35,8 +40,7 @@ def __getattr__(name: str) -> Any:
             cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
         ) -> str:
             path: str = selected_backend.get_path()
-            # FlashAttention has no CPU kernels: the same mixins on a base that has.
-            return BASE if path == PLUGIN else path
+            return ON_CPU.get(path, path)
 
     globals()[name] = TestPlatform
     return TestPlatform
