@@ -6,13 +6,13 @@ holds. On a GPU they are recorded in one CUDA graph, and what is timed is its re
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tidaldecode.bench.peers import peers
 from tidaldecode.bench.shapes import KEY_SPREAD
 from tidaldecode.bench.timing import Timing, now, summarise
 from tidaldecode.errors import TidalError
@@ -99,9 +99,7 @@ class Layers:
                 self.q, *self.kv[i], self.selections[i], scale=self.scale
             ),
         }
-        if self.q.is_cuda and importlib.util.find_spec("flashinfer"):
-            found["FlashInfer"] = self._flashinfer
-        return found
+        return {**found, **peers(self.q, self.kv, self.scale)}
 
     def _select(self, k: torch.Tensor, v: torch.Tensor) -> Selection:
         _, _, selection = dense_select(
@@ -124,12 +122,6 @@ class Layers:
             self.q[:, :, None], k, v, scale=self.scale, enable_gqa=True
         )
 
-    def _flashinfer(self, layer: int) -> Any:
-        import flashinfer
-
-        k, v = self.kv[layer]
-        return flashinfer.single_decode_with_kv_cache(self.q[0], k[0], v[0], kv_layout="HND")
-
 
 def time_case(
     case: Case, device: torch.device, dtype: torch.dtype, repetitions: int
@@ -140,8 +132,6 @@ def time_case(
     selected = cached * min(case.budget, case.context) // case.context
     results = []
     for name, kernel in layers.kernels().items():
-        if name == "FlashInfer" and case.batch != 1:
-            continue
         timing = _time(kernel, len(layers.kv), device, repetitions)
         results.append(
             KernelTime(

@@ -136,7 +136,7 @@ def kernels(
     dtype: DtypeOption = "bfloat16",
     json_file: JsonOption = None,
 ) -> None:
-    """Time the kernels of one layer against a plain sum of its bytes, torch SDPA and FlashInfer."""
+    """Time the kernels of one layer against a sum of its bytes, torch SDPA and installed peers."""
     from tidaldecode.bench.kernels import cases_of, time_case
     from tidaldecode.bench.shapes import shape_config
     from tidaldecode.integrations.transformers.loading import resolve_device
