@@ -123,10 +123,10 @@ class TidalConfig:
                 "draft_tokens: expected 'auto' where nothing is drafted, got "
                 f"{self.draft_tokens} with mode='sparse'; use mode='lossless'"
             )
-        if self.cuda_graph == "compiled" and (lossless or self.correct_every is not None):
+        if self.cuda_graph == "compiled" and self.correct_every is not None:
             raise TidalError(
-                "cuda_graph: expected 'auto' or False with mode='lossless' or correct_every, which run "
-                "without a graph in this version, got 'compiled'"
+                "cuda_graph: expected 'auto' or False with correct_every, which runs without a graph, "
+                "got 'compiled'"
             )
 
     def _check_page_bounds(self) -> None:
