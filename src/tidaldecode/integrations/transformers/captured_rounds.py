@@ -118,12 +118,7 @@ class CapturedRounds:
 
         Errors: `TidalError` for a model that cannot be captured, and when memory is short.
         """
-        verify = self.verifier(length)
-        # Captured before the clock starts; it may take a minute where it is compiled first.
-        verify.prepare()
-        if length:
-            self.draft.place(self.ends.newest, self.ends.known)
-            self.draft.prepare()
+        verify = self.prepare(length)
         begin = self._mark()
         verify.tokens[:, :1].copy_(self.ends.newest)
         if length:
@@ -134,6 +129,19 @@ class CapturedRounds:
         verdict = torch.empty(verify.verdict.shape, dtype=torch.int64, pin_memory=pinned)
         verdict.copy_(verify.verdict, non_blocking=pinned)
         return Round(length, verdict, begin, middle, self._mark())
+
+    @torch.inference_mode()
+    def prepare(self, length: int) -> VerifyStep:
+        """Capture what a round with drafts of ``length`` tokens needs, and stand where it begins.
+
+        It may take a minute where steps are compiled first, which no clock of a round should see.
+        """
+        verify = self.verifier(length)
+        verify.prepare()
+        if length:
+            self.draft.place(self.ends.newest, self.ends.known)
+            self.draft.prepare()
+        return verify
 
     def fill_draft(self, drafted: torch.Tensor) -> None:
         """Draft the tokens after the newest ones, where `draft` stands, into ``drafted [B, length]``."""

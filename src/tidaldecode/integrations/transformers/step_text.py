@@ -1,4 +1,4 @@
-"""Greedy texts of a `DecodeStep` that stands after its prompts: what lossless decoding is held against."""
+"""Greedy texts of a `DecodeStep` that stands after its prompts: what lossless decoding must equal."""
 
 from __future__ import annotations
 
