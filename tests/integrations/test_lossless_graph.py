@@ -188,6 +188,7 @@ def test_rejected_tokens_leave_no_trace(k):
                 layer.keys.masked_fill_(behind[:, None, :, None], float("nan"))
                 layer.values.masked_fill_(behind[:, None, :, None], float("nan"))
     assert torch.equal(rows.sequences(), expected)
+    assert steps.ends.known.tolist() == [PROMPT + TOKENS] * 4
     wide = extended(mask, expected.shape[1] - 1)
     found = states(steps.draft.cache, wide.shape[1])
     assert_same_states(found, dense_states(model, expected[:, :-1], wide), wide)

@@ -7,7 +7,7 @@ what a round costs is measured: drafts, verification and host, with real selecti
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,13 +65,11 @@ def time_rounds(
     *,
     sizes: Sequence[tuple[int, int]],
     rounds: int,
-    on_length: Callable[[], None] = lambda: None,
-) -> list[RoundTime]:
+) -> Iterator[RoundTime]:
     """Time ``rounds`` rounds with drafts of each of ``lengths`` at every ``(cached tokens, rows)``.
 
     Errors: `TidalError` for settings that the model cannot run, and too little memory.
     """
-    results = []
     with enable(model, config) as handle:
         for context, batch in sizes:
             longest = config.replace(draft_tokens=max(lengths))
@@ -89,27 +87,23 @@ def time_rounds(
                 steps.begin(dense.tokens, context + 1, capacity - room)
                 whole, drafts, verifies = _time_rounds(steps, length, rounds)
                 taken = summarise(whole)
-                results.append(
-                    RoundTime(
-                        context=context,
-                        batch=batch,
-                        budget=config.budget,
-                        plan=str(handle.plan),
-                        draft_tokens=length,
-                        full_ms=full_time.median_ms,
-                        low_full_ms=full_time.low_ms,
-                        high_full_ms=full_time.high_ms,
-                        round_ms=taken.median_ms,
-                        low_round_ms=taken.low_ms,
-                        high_round_ms=taken.high_ms,
-                        draft_ms=summarise(drafts).median_ms / length,
-                        verify_ms=summarise(verifies).median_ms,
-                    )
+                yield RoundTime(
+                    context=context,
+                    batch=batch,
+                    budget=config.budget,
+                    plan=str(handle.plan),
+                    draft_tokens=length,
+                    full_ms=full_time.median_ms,
+                    low_full_ms=full_time.low_ms,
+                    high_full_ms=full_time.high_ms,
+                    round_ms=taken.median_ms,
+                    low_round_ms=taken.low_ms,
+                    high_round_ms=taken.high_ms,
+                    draft_ms=summarise(drafts).median_ms / length,
+                    verify_ms=summarise(verifies).median_ms,
                 )
-                on_length()
             steps.close()
             dense.close()
-    return results
 
 
 def _time_rounds(

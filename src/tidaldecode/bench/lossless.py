@@ -7,7 +7,7 @@ whole: all layers, the head, the choice, the acceptance, the host. The texts are
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,14 +83,12 @@ def time_texts(
     *,
     new_tokens: int,
     repetitions: int,
-    on_config: Callable[[], None] = lambda: None,
-) -> list[RealTime]:
+) -> Iterator[RealTime]:
     """Time lossless decoding of ``new_tokens`` tokens after ``prompts [B, S]``, by every configuration.
 
     Errors: `TidalError` for configurations that the model cannot run, and too little memory.
     """
     batch, context = prompts.shape
-    results = []
     # Enabled once for all: a model that is enabled anew is compiled anew.
     with enable(model, configs[0]) as handle:
         capacity = context + new_tokens + max(map(CapturedRounds.room, configs))
@@ -110,12 +108,8 @@ def time_texts(
                 lasts.append(last)
                 steadies.append(steady)
             parted = differences(wanted, text, gaps)
-            results.append(
-                trial.result(summarise(full_ms), summarise(lasts), summarise(steadies), parted)
-            )
+            yield trial.result(summarise(full_ms), summarise(lasts), summarise(steadies), parted)
             trial.rounds.close()
-            on_config()
-    return results
 
 
 def prefill_rows(step: DecodeStep, prompts: torch.Tensor) -> torch.Tensor:

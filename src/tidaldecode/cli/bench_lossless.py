@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +18,6 @@ from tidaldecode.cli.common import (
     parse_draft_tokens,
     rows_progress,
 )
-from tidaldecode.cli.lossless_tables import expected, imposed_tables, list_differences, real_table
 from tidaldecode.errors import TidalError
 
 if TYPE_CHECKING:
@@ -66,6 +64,7 @@ def lossless(
     json_file: Annotated[Path | None, typer.Option("--json", help="A copy for programs.")] = None,
 ) -> None:
     """Time lossless decoding against our own dense step, in one run."""
+    from tidaldecode.cli.lossless_tables import as_row, imposed_tables, list_differences, real_table
     from tidaldecode.config import TidalConfig
     from tidaldecode.record import run_record, write_json
 
@@ -84,35 +83,34 @@ def lossless(
         )
         for tokens in budgets
     ]
+    chances = sorted(set(accept or [0.90, 0.95, 0.98]))
+    record = run_record(
+        task="bench lossless", model=str(shape or model or "embedded"), dtype=dtype, seed=seed,
+        repetitions=repetitions, configs=[one.to_dict() for one in configs],
+    )  # fmt: skip
     console = Console()
+    found: Iterator[RealTime | RoundTime]
     if shape is not None:
-        chances = sorted(set(accept or [0.90, 0.95, 0.98]))
-        found = _imposed(shape, device, dtype, configs, lengths, sizes, 4 * repetitions, console)
-        for table in imposed_tables(found, chances, f"{shape} ({dtype})"):
-            console.print(table)
-        rows = [
-            {**asdict(one), "imposed": {str(a): expected(one, a) for a in chances}} for one in found
-        ]
+        found = _imposed(shape, device, dtype, configs, lengths, sizes, 4 * repetitions)
     else:
-        texts = _real(
-            model, device, dtype, configs, lengths, sizes, new_tokens, repetitions, seed, console
-        )
-        console.print(real_table(texts, f"{model or 'the embedded model'} ({dtype})"))
-        list_differences(console, texts)
-        rows = [
-            {
-                **asdict(one),
-                "last_speedup": one.last_speedup,
-                "steady_speedup": one.steady_speedup,
-            }
-            for one in texts
-        ]
+        found = _real(model, device, dtype, configs, lengths, sizes, new_tokens, repetitions, seed)
+    results: list[Any] = []
+    with rows_progress(console) as progress:
+        bar = progress.add_task("drafts", total=len(sizes) * len(configs) * len(lengths))
+        for one in found:
+            results.append(one)
+            if json_file is not None:
+                rows = [as_row(each, chances) for each in results]
+                write_json(json_file, {"record": record, "results": rows})
+            progress.advance(bar)
+    if shape is not None:
+        for table in imposed_tables(results, chances, f"{shape} ({dtype})"):
+            console.print(table)
+    else:
+        console.print(real_table(results, f"{model or 'the embedded model'} ({dtype})"))
+        list_differences(console, results)
     if json_file is not None:
-        record = run_record(
-            task="bench lossless", model=str(shape or model or "embedded"), dtype=dtype, seed=seed,
-            repetitions=repetitions, configs=[one.to_dict() for one in configs],
-        )  # fmt: skip
-        console.print(f"wrote {write_json(json_file, {'record': record, 'results': rows})}")
+        console.print(f"wrote {json_file}", soft_wrap=True)
 
 
 def _check(
@@ -143,9 +141,8 @@ def _real(
     new_tokens: int,
     repetitions: int,
     seed: int,
-    console: Console,
-) -> list[RealTime]:
-    """Texts of a trained model."""
+) -> Iterator[RealTime]:
+    """Texts of a trained model; prompts are windows of the standard library's source."""
     import torch
 
     from tidaldecode.bench.decode import check_contexts
@@ -154,28 +151,20 @@ def _real(
 
     loaded, tokenizer = load(model, device, dtype)
     check_contexts([tokens + new_tokens for tokens, _ in sizes], loaded)
-    ids = tokenizer(
-        source_text(None, 8 * max(tokens for tokens, _ in sizes) + 1_000_000, seed),
-        add_special_tokens=False,
-        return_tensors="pt",
-    ).input_ids[0]
+    text = source_text(None, 8 * max(tokens for tokens, _ in sizes) + 1_000_000, seed)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     drafts = [one.replace(draft_tokens=length) for one in configs for length in lengths]
-    results = []
-    with rows_progress(console) as progress:
-        bar = progress.add_task("drafts", total=len(sizes) * len(drafts))
-        for tokens, rows in sizes:
-            generator = torch.Generator().manual_seed(seed)
-            begins = torch.randint(len(ids) - tokens, (rows,), generator=generator)
-            prompts = torch.stack([ids[at : at + tokens] for at in begins.tolist()])
-            results += time_texts(
-                loaded,
-                prompts.to(loaded.device),
-                drafts,
-                new_tokens=new_tokens,
-                repetitions=repetitions,
-                on_config=lambda: progress.advance(bar),
-            )
-    return results
+    for tokens, rows in sizes:
+        generator = torch.Generator().manual_seed(seed)
+        begins = torch.randint(len(ids) - tokens, (rows,), generator=generator)
+        prompts = torch.stack([ids[at : at + tokens] for at in begins.tolist()])
+        yield from time_texts(
+            loaded,
+            prompts.to(loaded.device),
+            drafts,
+            new_tokens=new_tokens,
+            repetitions=repetitions,
+        )
 
 
 def _imposed(
@@ -186,8 +175,7 @@ def _imposed(
     lengths: Sequence[Any],
     sizes: Sequence[tuple[int, int]],
     rounds: int,
-    console: Console,
-) -> list[RoundTime]:
+) -> Iterator[RoundTime]:
     """Rounds of a shape."""
     from tidaldecode.bench.decode import check_contexts, random_model
     from tidaldecode.bench.imposed import time_rounds
@@ -197,16 +185,5 @@ def _imposed(
 
     loaded = random_model(shape_config(shape), resolve_device(device), precision(dtype))
     check_contexts([tokens for tokens, _ in sizes], loaded)
-    results = []
-    with rows_progress(console) as progress:
-        bar = progress.add_task("drafts", total=len(sizes) * len(configs) * len(lengths))
-        for config in configs:
-            results += time_rounds(
-                loaded,
-                config,
-                lengths,
-                sizes=sizes,
-                rounds=rounds,
-                on_length=lambda: progress.advance(bar),
-            )
-    return results
+    for config in configs:
+        yield from time_rounds(loaded, config, lengths, sizes=sizes, rounds=rounds)

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from tidaldecode.bench.imposed import RoundTime
-    from tidaldecode.bench.lossless import RealTime
+from tidaldecode.bench.imposed import RoundTime
+from tidaldecode.bench.lossless import RealTime
 
 _SHOWN = 3
 """Differences of a line that are listed; the file has all."""
 
 
-def expected(one: RoundTime, acceptance: float) -> dict[str, float]:
-    """What a round gives where this acceptance is imposed."""
-    tokens = one.tokens(acceptance)
-    return {
-        "tokens_per_round": tokens,
-        "ms_per_token": one.round_ms / tokens,
-        "speedup": one.speedup(acceptance),
-    }
+def as_row(one: RealTime | RoundTime, chances: Sequence[float]) -> dict[str, Any]:
+    """One result for programs, with what follows from it."""
+    row = asdict(one)
+    if isinstance(one, RoundTime):
+        row["imposed"] = {
+            str(chance): {
+                "tokens_per_round": one.tokens(chance),
+                "ms_per_token": one.round_ms / one.tokens(chance),
+                "speedup": one.speedup(chance),
+            }
+            for chance in chances
+        }
+        return row
+    return {**row, "last_speedup": one.last_speedup, "steady_speedup": one.steady_speedup}
 
 
 def imposed_tables(
