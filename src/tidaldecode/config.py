@@ -66,8 +66,9 @@ class TidalConfig:
     """Tokens drafted between two verifications, in lossless mode; ``"auto"`` follows the measured
     acceptance and costs."""
     cuda_graph: Literal["auto", "compiled", False] = "auto"
-    """Whether a decode step runs as one CUDA graph on a GPU; ``"compiled"``: after torch.compile has
-    fused its small operations, which takes a minute or so before the first step."""
+    """Whether a decode step, or a round of greedy lossless decoding, runs as CUDA graphs on a GPU;
+    ``"compiled"``: after torch.compile has fused the small operations of each step, which takes a minute
+    or so before the first one."""
 
     def __post_init__(self) -> None:
         if self.select_layers != "auto":
