@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"algorithm", "integrations", "kernels"},
     "calibrate": {"algorithm", "eval", "integrations"},
     "demo": {"algorithm", "eval", "integrations"},
-    "proof": {"algorithm", "eval", "integrations"},
+    "proof": {"algorithm", "eval", "integrations", "kernels"},
     "cli": {"algorithm", "bench", "calibrate", "demo", "eval", "integrations", "kernels", "proof"},
     "__init__": {"algorithm", "integrations"},
     "__main__": {"cli"},

@@ -180,12 +180,8 @@ REFUSALS = [
     ),
     ({"draft_tokens": 4}, r"^draft_tokens: expected 'auto' where nothing is drafted, got 4 with"),
     (
-        {"mode": "lossless", "cuda_graph": "compiled"},
-        r"^cuda_graph: expected 'auto' or False with mode='lossless'",
-    ),
-    (
         {"correct_every": 8, "cuda_graph": "compiled"},
-        r"^cuda_graph: expected 'auto' or False with mode='lossless'",
+        r"^cuda_graph: expected 'auto' or False with correct_every, .* got 'compiled'",
     ),
     ({"cuda_graph": True}, r"^cuda_graph: expected 'auto' or 'compiled' or False, got True"),
     ({"budget": 19}, r"^budget: expected at least 20 tokens \(sink_tokens=4 \+ recent_tokens=15"),

@@ -66,8 +66,9 @@ class TidalConfig:
     """Tokens drafted between two verifications, in lossless mode; ``"auto"`` follows the measured
     acceptance and costs."""
     cuda_graph: Literal["auto", "compiled", False] = "auto"
-    """Whether a decode step runs as one CUDA graph on a GPU; ``"compiled"``: after torch.compile has
-    fused its small operations, which takes a minute or so before the first step."""
+    """Whether a decode step, or a round of greedy lossless decoding, runs as CUDA graphs on a GPU;
+    ``"compiled"``: after torch.compile has fused the small operations of each step, which takes a minute
+    or so before the first one."""
 
     def __post_init__(self) -> None:
         if self.select_layers != "auto":
@@ -123,10 +124,10 @@ class TidalConfig:
                 "draft_tokens: expected 'auto' where nothing is drafted, got "
                 f"{self.draft_tokens} with mode='sparse'; use mode='lossless'"
             )
-        if self.cuda_graph == "compiled" and (lossless or self.correct_every is not None):
+        if self.cuda_graph == "compiled" and self.correct_every is not None:
             raise TidalError(
-                "cuda_graph: expected 'auto' or False with mode='lossless' or correct_every, which run "
-                "without a graph in this version, got 'compiled'"
+                "cuda_graph: expected 'auto' or False with correct_every, which runs without a graph, "
+                "got 'compiled'"
             )
 
     def _check_page_bounds(self) -> None:

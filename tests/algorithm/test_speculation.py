@@ -102,6 +102,37 @@ def test_the_chi_square_test_sees_a_wrong_rule(rule):
     assert chi_square_excess(tokens[:, 0], distributions(2, 1.0, 100)[0]) > 20 * SIGMAS
 
 
+def first_distribution(draft: torch.Tensor, dense: torch.Tensor, accept=accept_sampled):
+    """Chances ``[V]`` of the first token: every draft, and a fine grid of both other random numbers."""
+    grid = 400
+    points = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    every = torch.cartesian_prod(torch.arange(VOCABULARY).double(), points, points)
+    drafts, acceptance, redraw = every[:, 0].long(), every[:, 1], every[:, 2]
+    rows = len(drafts)
+    verdict = accept(
+        drafts[:, None],
+        draft.expand(rows, 1, -1),
+        dense.expand(rows, 2, -1),
+        acceptance[:, None],
+        redraw[:, None].expand(-1, 2),
+    )
+    weights = draft[drafts].double() / grid**2
+    return torch.zeros(VOCABULARY, dtype=torch.float64).index_add(0, verdict.tokens[:, 0], weights)
+
+
+def with_uniform(drafted, q, p, accept_noise, redraw_noise):
+    return accept_sampled(drafted, 0.95 * q + 0.05 / VOCABULARY, p, accept_noise, redraw_noise)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_distribution_is_right_without_any_chance(seed):
+    draft, dense = distributions(1, 2.0, seed)[0], distributions(1, 2.0, seed + 100)[0]
+    # The grid's own error is some thousandths.
+    assert (first_distribution(draft, dense) - dense).abs().sum() < 0.005
+    for rule in (with_uniform, always, redraws_from_p, keeps_by_p_alone):
+        assert (first_distribution(draft, dense, rule) - dense).abs().sum() > 0.009
+
+
 def test_tokens_that_full_attention_rules_out_never_come():
     dense = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0, 0, 0, 1.0]])
     tokens, counts = first_two(torch.tensor([[0.0, 0.1, 0.9, 0, 0]]), dense)

@@ -219,6 +219,36 @@ def test_prove_compares_with_full_attention(capsys, tmp_path):
     assert result["record"]["n"] == 3 and result["record"]["commit"]
 
 
+def test_prove_can_be_stopped_and_taken_up_again(capsys, tmp_path, monkeypatch):
+    from tidaldecode.proof import captured
+
+    file = tmp_path / "proof.json"
+    small = ["--prompts", "3", "--shortest", "300", "--longest", "320", "--new-tokens", "5"]
+    command = ["prove", *small, "--draft", "2:32", "--batch-size", "1", "--captured"]
+    command += ["--json", str(file)]
+    compare, done = captured.CapturedProof.compare, []
+
+    def interrupted(self, prompts, count):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(prompts)
+        return compare(self, prompts, count)
+
+    monkeypatch.setattr(captured.CapturedProof, "compare", interrupted)
+    assert run(command) == 130
+    assert json.loads(file.read_text())["batches"] == 2
+    done.clear()
+    assert run([*command, "--resume"]) == 0
+    assert len(done) == 1 and "3/3" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    names = [captured.ITSELF, "k=2 N=32"]
+    assert [line["draft"] for line in result["summary"]] == names
+    assert [line["prompts"] for line in result["summary"]] == [3, 3]
+    assert run([*command, "--first", "3", "--resume"]) == 2
+    assert "expected results of the same run, found another prompts" in capsys.readouterr().err
+    assert refused(capsys, *command[:-2], "--resume").startswith("resume: expected --json FILE")
+
+
 @pytest.mark.parametrize("draft", ["4", "4:x", "few:64", "4:64:wild", ":64"])
 def test_a_bad_draft_is_one_line(capsys, draft):
     assert refused(capsys, "prove", "--draft", draft).startswith("draft: expected TOKENS:BUDGET")

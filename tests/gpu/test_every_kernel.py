@@ -56,6 +56,17 @@ def test_attention_and_selection_agree_with_the_plain_path(inputs):
         torch.testing.assert_close(twin, plain, atol=4e-3, rtol=4e-3)
 
 
+def test_several_queries_agree_with_the_plain_path(inputs):
+    attention, rows = inputs
+    queries = torch.randn(BATCH, 5, KV_HEADS * GROUP, HEAD_DIM).cuda().half()
+    plain, twin = (
+        dense_decode(**{**attention, "q": queries}, **rows, backend=backend)
+        for backend in ("torch", "triton")
+    )
+    for expected, found in zip(plain[:2], twin[:2], strict=True):
+        torch.testing.assert_close(found.float(), expected.float(), atol=4e-3, rtol=4e-3)
+
+
 def test_a_token_is_appended():
     cache = torch.zeros(2, BATCH, KV_HEADS, 64, HEAD_DIM, device="cuda")
     new = torch.randn(2, BATCH, KV_HEADS, HEAD_DIM, device="cuda")

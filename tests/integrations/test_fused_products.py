@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 
 import pytest
@@ -11,9 +10,9 @@ from runs import SMALL, generate
 from tiny import build, prompt
 
 import tidaldecode
+from tidaldecode.integrations.transformers import compiler
 from tidaldecode.integrations.transformers.fused_products import fuse_products
 
-STEP = importlib.import_module("tidaldecode.integrations.transformers.decode_step")
 LINEAR = torch.ops.tidaldecode.linear.default
 # Products of a layer in the model, and calls that are left: what shares an input, o, and down.
 PRODUCTS = {"Llama": 7, "Qwen3": 7, "Qwen2": 7, "Phi3": 4, "Gemma3": 7, "Granite": 7}
@@ -30,7 +29,7 @@ def compiled_tokens(monkeypatch, model, ids):
         targets.append([node.target for node in graph.graph.nodes])
         return graph.forward
 
-    monkeypatch.setattr(STEP, "COMPILER", {"backend": backend})
+    monkeypatch.setattr(compiler, "COMPILER", {"backend": backend})
     with tidaldecode.enable(model, **SMALL, cuda_graph="compiled"):
         outputs = [
             generate(model, ids, 12, **options).sequences

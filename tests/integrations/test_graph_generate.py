@@ -19,12 +19,12 @@ from transformers.generation.streamers import BaseStreamer
 import tidaldecode
 from tidaldecode import TidalConfig, TidalError, graph_generate
 from tidaldecode.errors import ShortOfMemoryError
+from tidaldecode.integrations.transformers import compiler
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
 from tidaldecode.integrations.transformers.graph_generate import can_graph
 from tidaldecode.integrations.transformers.static_cache import FixedLayer
 from tidaldecode.kernels import dispatch
 
-STEP = importlib.import_module("tidaldecode.integrations.transformers.decode_step")
 HANDLE = importlib.import_module("tidaldecode.integrations.transformers.handle")
 MODELS = ["Llama", "Qwen3", "Gemma3"]
 WAYS = {
@@ -150,7 +150,7 @@ def test_a_dense_plan_gives_the_hosts_own_tokens():
 @pytest.mark.parametrize("family", [*MODELS, "Mixtral"])
 def test_a_compiled_step_is_one_graph_and_gives_the_same_tokens(family, monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(STEP, "COMPILER", {"backend": "eager"})
+    monkeypatch.setattr(compiler, "COMPILER", {"backend": "eager"})
     model = build(family)
     ids = torch.cat([prompt(24), prompt(24, seed=2)])
     with tidaldecode.enable(model, **SMALL, cuda_graph="compiled"):
@@ -167,7 +167,7 @@ def test_steps_of_every_plan_and_capacity_share_one_compilation(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(STEP, "COMPILER", {"backend": backend})
+    monkeypatch.setattr(compiler, "COMPILER", {"backend": backend})
     model = build("Llama")
     with tidaldecode.enable(model, **SMALL, cuda_graph="compiled") as handle:
         for plan, capacity in (

@@ -248,7 +248,7 @@ def test_statistics_count_what_was_done():
         once = handle.stats()
         generate(model, prompt(PROMPT), TOKENS)
         twice = handle.stats()
-        full = [handle.full_kv_bytes(PROMPT + index) for index in range(1, TOKENS)]
+        full = [handle.reads.full(PROMPT + index) for index in range(1, TOKENS)]
     assert once.tokens == once.accepted + once.verified - (once.accepted + once.rounds - TOKENS + 1)
     assert once.tokens == TOKENS - 1 and once.verified == once.rounds
     assert once.dense_kv_bytes == sum(full)

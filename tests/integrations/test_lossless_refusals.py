@@ -57,9 +57,13 @@ def test_an_assistant_is_refused(settings):
 
 
 @both
-@pytest.mark.parametrize("loop", [graph_generate, lambda *args, **kwargs: None, "org/name"])
+@pytest.mark.parametrize("loop", [lambda *args, **kwargs: None, "org/name"])
 def test_a_loop_of_ones_own_is_refused(settings, loop):
     refuse(settings, "^custom_generate: expected None", custom_generate=loop)
+
+
+def test_correction_refuses_the_captured_loop_too():
+    refuse(CORRECTING, "^custom_generate: expected None", custom_generate=graph_generate)
 
 
 def test_its_own_loop_may_be_named():

@@ -38,6 +38,30 @@ def test_new_tokens_land_at_the_end_of_every_row_and_nothing_else_changes(backen
     assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_several_tokens_of_a_row_land_in_order(backend, count):
+    caches, _ = new()
+    fresh = [torch.randn(3, 2, count, 20, device=DEVICE).transpose(1, 2) for _ in "kv"]
+    ends = [count, 9, 4]
+    expected = [cache.clone() for cache in caches]
+    for cache, states in zip(expected, fresh, strict=True):
+        for row, end in enumerate(ends):
+            cache[row, :, end - count : end] = states[row].transpose(0, 1)
+    append_token(*caches, *fresh, lengths(ends), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+
+
+def test_tokens_that_do_not_fit_are_not_written():
+    pytest.importorskip("triton")
+    caches, _ = new()
+    fresh = [torch.ones(3, 3, 2, 20, device=DEVICE) for _ in "kv"]
+    expected = [cache.clone() for cache in caches]
+    for cache in expected:
+        cache[1, :, 8:9], cache[2, :, :2] = 1, 1
+    append_token(*caches, *fresh, lengths([0, 11, 2]), backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+
+
 def test_strides_are_honoured(backend):
     stores = [torch.zeros(3, 11, 5, 22, device=DEVICE) for _ in "kv"]
     views = [store[:, 1:10, 1:4:2, 1:21].transpose(1, 2) for store in stores]

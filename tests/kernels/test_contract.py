@@ -49,7 +49,7 @@ def kernel(request):
 
 BROKEN = [
     ("q", lambda x: x[0], r"q: expected shape \[any, any, any\], got \[6, 16\]"),
-    ("q", lambda x: x[:, :, None], r"q: expected shape .* got \[2, 6, 1, 16\]"),
+    ("q", lambda x: x[:, :, None, None], r"q: expected shape .* got \[2, 6, 1, 1, 16\]"),
     ("q", lambda x: x.double(), "q: expected dtype float32 or float16 or bfloat16, got float64"),
     ("q", lambda x: x.long(), "q: expected dtype .* got int64"),
     ("q", lambda x: x[:, :5], "q: expected .* divisible by the 2 KV heads of k, got 5"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tidaldecode.algorithm.plan import LayerPlan, Role
 from tidaldecode.config import TidalConfig
 
@@ -42,3 +44,33 @@ def full_kv_bytes_per_step(
     """The same for full attention in every planned layer."""
     layers = len(plan) - len(plan.layers(Role.HOST))
     return layers * context * kv_heads * 2 * head_dim * element_bytes
+
+
+@dataclass(frozen=True)
+class KVReads:
+    """Both figures for one model, plan and configuration, as functions of the context alone."""
+
+    plan: LayerPlan
+    config: TidalConfig
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int
+
+    def sparse(self, context: int) -> int:
+        """Bytes of K and V that a sparse step reads for one row of ``context`` tokens."""
+        return kv_bytes_per_step(
+            self.plan, self.config, query_heads=self.query_heads, **self._sizes(context)
+        )
+
+    def full(self, context: int) -> int:
+        """The same for full attention."""
+        return full_kv_bytes_per_step(self.plan, **self._sizes(context))
+
+    def _sizes(self, context: int) -> dict[str, int]:
+        return {
+            "context": context,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "element_bytes": self.element_bytes,
+        }

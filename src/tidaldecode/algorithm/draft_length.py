@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 FIRST = 4
 """Tokens of the first drafts, before anything is measured."""
 MOST = 16
@@ -20,10 +22,11 @@ class DraftLength:
 
     Args:
         fixed: always this many; None: measure and choose.
+        choices: what is chosen from, 0, 1 and `FIRST` among them; by default everything up to `MOST`.
     """
 
-    def __init__(self, fixed: int | None = None) -> None:
-        self.fixed = fixed
+    def __init__(self, fixed: int | None = None, choices: Sequence[int] = range(MOST + 1)) -> None:
+        self.fixed, self.choices = fixed, choices
         self._kept, self._tried = 0.0, 0.0
         self._draft_cost = _Line()
         self._verify_cost = _Line()
@@ -40,7 +43,7 @@ class DraftLength:
             return self.fixed
         if not self._tried:
             return FIRST
-        best = max(range(MOST + 1), key=self._speed)
+        best = max(self.choices, key=self._speed)
         return 1 if best == 0 and self._idle >= PROBE_EVERY else best
 
     def observe(

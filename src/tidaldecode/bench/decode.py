@@ -109,7 +109,7 @@ def time_steps(
                 step = DecodeStep(model, settings, plan, batch=batch, capacity=capacity)
                 if cache is None:
                     cache = step.cache
-                    _fill(step)
+                    fill_cache(step)
                 else:
                     step.use_cache(cache)
                 results.append(
@@ -125,7 +125,7 @@ def _time_step(
 ) -> StepTime:
     """Time one step, and count what it reads."""
     step.resume(context)
-    timing = summarise(_time(step, steps))
+    timing = summarise(step_times(step, steps))
     footprint = measure_footprint(step.model, step.config, context)
     weights = _weight_bytes(step.model)
     kv = step.batch * (footprint.kv_bytes if sparse else footprint.full_bytes)
@@ -153,7 +153,7 @@ def _any_config(methods: dict[str, TidalConfig | None]) -> TidalConfig:
     return next((c for c in methods.values() if c is not None), TidalConfig(select_layers=(2,)))
 
 
-def _fill(step: DecodeStep) -> None:
+def fill_cache(step: DecodeStep) -> None:
     """Random keys and values up to the capacity."""
     step.prefill(torch.ones(step.batch, 1, dtype=torch.int64, device=step.tokens.device))
     for layer in step.cache.layers:
@@ -161,8 +161,8 @@ def _fill(step: DecodeStep) -> None:
         layer.values.normal_()
 
 
-def _time(step: DecodeStep, steps: int, warm_up: int = 3) -> list[float]:
-    """Milliseconds of each of ``steps`` steps."""
+def step_times(step: DecodeStep, steps: int, warm_up: int = 3) -> list[float]:
+    """Milliseconds of each of ``steps`` steps, after ``warm_up`` others."""
     device = step.tokens.device
     times = []
     for index in range(warm_up + steps):

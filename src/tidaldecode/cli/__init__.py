@@ -13,6 +13,7 @@ import typer
 
 from tidaldecode.cli import bench
 from tidaldecode.cli import eval as evaluation
+from tidaldecode.cli.bench_lossless import lossless
 from tidaldecode.cli.calibrate import calibrate
 from tidaldecode.cli.demo import demo
 from tidaldecode.cli.generate import generate
@@ -32,6 +33,7 @@ app.command()(info)
 app.command()(calibrate)
 app.command()(prove)
 app.add_typer(evaluation.app, name="eval")
+bench.app.command()(lossless)
 app.add_typer(bench.app, name="bench")
 
 USAGE_ERROR = 2

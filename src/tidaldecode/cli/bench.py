@@ -1,4 +1,4 @@
-"""``tidaldecode bench kernels | decode | vllm``."""
+"""``tidaldecode bench kernels | decode | lossless | vllm``."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def decode(
 
     if plot_file is not None:
         require_matplotlib()
-    place, precision = resolve_device(device), _precision(dtype)
+    place, kind = resolve_device(device), precision(dtype)
     console = Console()
     if model is not None:
         loaded, _ = load(model, device, dtype)
         name = str(model)
     else:
-        loaded, name = random_model(shape_config(shape), place, precision), shape
+        loaded, name = random_model(shape_config(shape), place, kind), shape
     contexts, batches = sorted(set(context or [10240, 32768, 102400])), sorted(set(batch or [1]))
     check_contexts(contexts, loaded)
     methods: dict[str, TidalConfig | None] = {FULL: None}
@@ -142,7 +142,7 @@ def kernels(
     from tidaldecode.integrations.transformers.loading import resolve_device
     from tidaldecode.record import run_record, write_json
 
-    place, precision = resolve_device(device), _precision(dtype)
+    place, kind = resolve_device(device), precision(dtype)
     cases = cases_of(
         shape_config(shape),
         sorted(set(context or [32768, 102400])),
@@ -154,7 +154,7 @@ def kernels(
     with rows_progress(console) as progress:
         bar = progress.add_task("cases", total=len(cases))
         for case in cases:
-            results += time_case(case, place, precision, repetitions)
+            results += time_case(case, place, kind, repetitions)
             progress.advance(bar)
     table = Table(title=f"One layer of {shape} ({dtype})", box=None)
     for head in ("tokens", "rows", "kernel", "us", "10-90 %", "TB/s", "/ dense"):
@@ -174,7 +174,7 @@ def kernels(
         console.print(f"wrote {json_file}", soft_wrap=True)
 
 
-def _precision(name: str) -> torch.dtype:
+def precision(name: str) -> torch.dtype:
     """A dtype by its name. Errors: `TidalError`."""
     from tidaldecode.integrations.transformers.loading import DTYPES
 

@@ -13,6 +13,7 @@ The contract that the kernels share (checked once, in `tidaldecode.kernels.contr
   (left padding). Row ``b`` holds the positions ``starts[b] <= p < seq_lens[b]``; an empty row gives
   zeros and a log-sum-exp of -inf. What memory holds outside that range never reaches an output.
 - ``scale`` multiplies ``q . k`` before the softmax.
+- `dense_decode` also takes the ``T`` newest queries of every row, ``[B, T, Hq, D]``.
 - Outputs: ``out [B, Hq, D]`` in q's dtype, ``lse [B, Hq]`` fp32 (natural logarithm).
 """
 

@@ -1,4 +1,4 @@
-"""append_token: write every row's newest key and value to where its sequence ends."""
+"""append_token: write every row's newest keys and values to where its sequence ends."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def append_token(
 ) -> None:
     """Write ``k, v [B, Hkv, D]`` into strided caches ``[B, Hkv, S_max, D]`` at ``seq_lens - 1``.
 
-    ``seq_lens [B]`` int32 counts the new token already; 1 to S_max (in Triton others write nothing).
+    Or ``[B, T, Hkv, D]``, several tokens of each row, at ``seq_lens - T`` and after. ``seq_lens [B]``
+    int32 counts the new tokens already; T to S_max (in Triton tokens elsewhere are not written).
 
     Errors: `TidalError` naming the argument that breaks the contract.
     """
-    check_tensor("k", k, (None, None, None), dtypes=FLOAT_DTYPES, device=k.device)
-    batch, heads, head_dim = k.shape
+    dims = 4 if getattr(k, "ndim", 3) == 4 else 3
+    check_tensor("k", k, (None,) * dims, dtypes=FLOAT_DTYPES, device=k.device)
+    batch, heads, head_dim = len(k), k.shape[-2], k.shape[-1]
     check_tensor("v", v, tuple(k.shape), dtypes=(k.dtype,), device=k.device)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         shape = (batch, heads, None, head_dim)
@@ -36,7 +38,8 @@ def append_token(
 
         twin.append_token(k_cache, v_cache, k, v, seq_lens)
         return
-    rows = torch.arange(batch, device=k.device)
-    last = seq_lens.long() - 1
-    k_cache[rows, :, last] = k
-    v_cache[rows, :, last] = v
+    count = 1 if dims == 3 else k.shape[1]
+    rows = torch.arange(batch, device=k.device)[:, None]
+    places = seq_lens.long()[:, None] - count + torch.arange(count, device=k.device)
+    k_cache[rows, :, places] = k.reshape(batch, count, heads, head_dim)
+    v_cache[rows, :, places] = v.reshape(batch, count, heads, head_dim)

@@ -18,13 +18,20 @@ def check_attention_inputs(
     k: torch.Tensor,
     v: torch.Tensor,
     block_table: torch.Tensor | None,
+    *,
+    several: bool = False,
 ) -> int:
     """Check ``q, k, v`` and ``block_table`` against the contract; return ``Hkv``.
 
+    With ``several``, ``q`` may also be ``[B, T, Hq, D]``.
+
     Errors: `TidalError` naming the argument, what was expected and what was found.
     """
-    check_tensor("q", q, (None, None, None), dtypes=FLOAT_DTYPES, device=q.device)
-    batch, query_heads, head_dim = q.shape
+    dims = 4 if several and getattr(q, "ndim", 3) == 4 else 3
+    check_tensor("q", q, (None,) * dims, dtypes=FLOAT_DTYPES, device=q.device)
+    if dims == 4 and q.shape[1] == 0:
+        raise TidalError(f"q: expected at least one query in each row, got shape {list(q.shape)}")
+    batch, query_heads, head_dim = len(q), q.shape[-2], q.shape[-1]
     if block_table is None:
         check_tensor("k", k, (batch, None, None, head_dim), dtypes=(q.dtype,), device=q.device)
         kv_heads = k.shape[1]

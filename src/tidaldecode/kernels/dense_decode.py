@@ -1,8 +1,8 @@
-"""dense_decode: one query per sequence against its whole cache; may also score every token.
+"""dense_decode: the newest query of each sequence, or a few, against its whole cache; may score tokens.
 
 The PyTorch path walks the cache once, in chunks that stay in the processor's cache, with all query
-heads of a KV head in one product (KV heads are never repeated) and an online softmax over chunks
-(Milakov & Gimelshein, arXiv 1805.02867).
+heads of a KV head, and all queries, in one product (KV heads are never repeated) and an online softmax
+over chunks (Milakov & Gimelshein, arXiv 1805.02867).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from tidaldecode.errors import TidalError
 from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import (
     ScoreKind,
@@ -20,6 +21,7 @@ from tidaldecode.kernels.contract import (
     row_ranges,
 )
 from tidaldecode.kernels.dispatch import resolve_backend
+from tidaldecode.kernels.partition import parts
 
 _CHUNK_LOGITS = 1 << 18
 """Logits of one chunk: one megabyte."""
@@ -37,23 +39,33 @@ def dense_decode(
     scores: ScoreKind | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Full attention of one query per sequence. Contract: `tidaldecode.kernels`.
+    """Full attention of one query per sequence, or a few. Contract: `tidaldecode.kernels`.
 
     Args:
+        q: ``[B, Hq, D]``, the newest token's query; or ``[B, T, Hq, D]``, those of the ``T`` newest
+            tokens, of which number ``t`` sees ``starts <= p < seq_lens - (T - 1 - t)``. K and V are
+            read once for all of them. (On a GPU the query heads of a KV head, ``T * G``, may fill
+            several tiles, of 128 in half precision for D up to 128, of 64 beyond, of 32 in fp32; each
+            then reads them, all but the first from the GPU's cache.)
         scores: emit a score for every token as well: the softmax probability summed over all query
             heads (``"shared"``, R = 1), over the heads of each KV head (``"kv_head"``, R = Hkv), of
             each query head (``"query_head"``, R = Hq), or the scaled logit of each query head
-            (``"query_head_logits"``, R = Hq).
+            (``"query_head_logits"``, R = Hq). For ``q [B, Hq, D]`` only.
 
     Returns:
-        ``out [B, Hq, D]``, ``lse [B, Hq]`` fp32, and ``token_scores [B, R, W]`` fp32 or None, where
+        ``out`` like q, ``lse`` fp32 like q without D, and ``token_scores [B, R, W]`` fp32 or None, where
         W >= max(seq_lens); positions outside a row's range hold -inf.
 
     Errors: `TidalError` naming the argument that breaks the contract.
     """
-    kv_heads = check_attention_inputs(q, k, v, block_table)
-    batch, query_heads, head_dim = q.shape
+    kv_heads = check_attention_inputs(q, k, v, block_table, several=True)
+    batch, query_heads, head_dim = len(q), q.shape[-2], q.shape[-1]
     check_rows(seq_lens, starts, batch, q.device)
+    if scores is not None and q.dim() == 4:
+        raise TidalError(
+            f"scores: expected None for several queries of a row (q {list(q.shape)}), got {scores!r}; "
+            "pass the newest query alone as [B, Hq, D]"
+        )
     sets = 0 if scores is None else check_score_kind(scores, kv_heads, query_heads)
     group = query_heads // kv_heads
     if (
@@ -75,27 +87,40 @@ def dense_decode(
         )
     ranges = row_ranges(seq_lens, starts, batch, layout.capacity(k, block_table))
 
-    out = torch.zeros_like(q, dtype=torch.float32)
-    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+    queries = 1 if q.dim() == 3 else q.shape[1]
+    out = torch.zeros(batch, queries, query_heads, head_dim, device=q.device)
+    lse = torch.full(out.shape[:3], -torch.inf, device=q.device)
     token_scores = None
     if scores is not None:
         width = max((end for _, end in ranges), default=0)
         token_scores = torch.full((batch, sets, width), -torch.inf, device=q.device)
-    grouped = (q.float() * scale).reshape(batch, kv_heads, query_heads // kv_heads, head_dim)
+    # [B, Hkv, T * G, D]: the queries of a KV head side by side.
+    grouped = (q.float() * scale).reshape(batch, queries, kv_heads, group, head_dim)
+    grouped = grouped.transpose(1, 2).flatten(2, 3)
+    by_query = (kv_heads, queries, group, head_dim)
+    later = torch.arange(queries, device=q.device).repeat_interleave(group)
     for row, (start, end) in enumerate(ranges):
         if start == end:
             continue
-        row_out, row_lse, parts = _dense_row(
-            grouped[row], k, v, block_table, row, start, end, keep=scores
+        row_out, row_lse, scored = _dense_row(
+            grouped[row],
+            k,
+            v,
+            block_table,
+            row,
+            start,
+            end,
+            keep=scores,
+            limits=None if queries == 1 else end - queries + 1 + later,
         )
-        out[row] = row_out.flatten(0, 1)
-        lse[row] = row_lse.flatten()
+        out[row] = row_out.view(by_query).transpose(0, 1).flatten(1, 2)
+        lse[row] = row_lse.view(by_query[:3]).transpose(0, 1).flatten(1, 2)
         if token_scores is not None:
-            for first, chunk, chunk_lse in parts:
+            for first, chunk, chunk_lse in scored:
                 token_scores[row, :, first : first + chunk.shape[2]] = _score_chunk(
                     chunk, chunk_lse - row_lse, scores
                 )
-    return out.to(q.dtype), lse, token_scores
+    return out.view(q.shape).to(q.dtype), lse.view(q.shape[:-1]), token_scores
 
 
 def _dense_row(
@@ -108,8 +133,9 @@ def _dense_row(
     end: int,
     *,
     keep: ScoreKind | None,
+    limits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor]]]:
-    """Attention of one row. ``q [Hkv, G, D]`` fp32, scaled.
+    """Attention of one row. ``q [Hkv, G, D]`` fp32, scaled; ``limits [G]``: where what they see ends.
 
     Returns ``out [Hkv, G, D]``, ``lse [Hkv, G]`` and, with ``keep``, for every chunk its first
     position, what its scores are made of (the chunk's own softmax, or logits if those are the scores)
@@ -118,13 +144,16 @@ def _dense_row(
     kv_heads, group, _ = q.shape
     length = end - start
     chunk = min(length, max(1, _CHUNK_LOGITS // (kv_heads * group)))
+    usual = -(-length // chunk)
+    if parts(usual) != usual:
+        chunk = -(-length // parts(usual))
     # Two buffers, not two a chunk: memory given back and taken anew costs a page fault a page.
     products = torch.empty(chunk * kv_heads * group, device=q.device)
     buffer = torch.empty((chunk if keep is None else length) * kv_heads * group, device=q.device)
     out = torch.zeros_like(q)
     peak = torch.full((kv_heads, group), -torch.inf, device=q.device)
     total = torch.zeros_like(peak)
-    parts = []
+    scored = []
     for first in range(start, end, chunk):
         last = min(first + chunk, end)
         keys = layout.read_range(k, block_table, row, first, last).float()
@@ -135,19 +164,31 @@ def _dense_row(
         offset = 0 if keep is None else (first - start) * kv_heads * group
         weights = _cut(buffer, offset, (kv_heads, group, last - first))
         weights.copy_(logits.transpose(1, 2))
+        if limits is not None:
+            hidden = torch.arange(first, last, device=q.device) >= limits[:, None]
+            weights.masked_fill_(hidden, -torch.inf)
         kept = weights.clone() if keep == "query_head_logits" else weights
         chunk_peak = weights.amax(-1)
         # One call, several times as fast as its parts. Its largest weight is 1 over the sum.
         torch.softmax(weights, -1, out=weights)
         chunk_total = weights.amax(-1).reciprocal()
+        if limits is not None:
+            # A query may see nothing of a chunk: what came out of softmax is NaN then.
+            unseen = limits <= first
+            weights.masked_fill_(unseen[:, None], 0.0)
+            chunk_total.masked_fill_(unseen, 0.0)
+            chunk_peak.masked_fill_(unseen, torch.finfo(torch.float32).min)
         new_peak = torch.maximum(peak, chunk_peak)
         old_scale, new_scale = (peak - new_peak).exp(), (chunk_peak - new_peak).exp() * chunk_total
         out = out * old_scale[..., None] + torch.bmm(weights, values) * new_scale[..., None]
         total = total * old_scale + new_scale
         peak = new_peak
         if keep is not None:
-            parts.append((first, kept, chunk_peak + chunk_total.log()))
-    return out / total[..., None], peak + total.log(), parts
+            scored.append((first, kept, chunk_peak + chunk_total.log()))
+    lse = peak + total.log()
+    if limits is not None:
+        total = torch.where(total > 0, total, 1.0)
+    return out / total[..., None], lse, scored
 
 
 def _cut(buffer: torch.Tensor, offset: int, shape: tuple[int, int, int]) -> torch.Tensor:

@@ -9,11 +9,13 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
+from tidaldecode.algorithm.parting import differences
 from tidaldecode.algorithm.tally import Tally
 from tidaldecode.config import TidalConfig
 from tidaldecode.integrations.transformers import enable
@@ -36,6 +38,10 @@ class Draft:
     def name(self) -> str:
         """``k=4 N=64``, as results name it."""
         return f"k={self.draft_tokens} N={self.budget}" + (" random" if self.random else "")
+
+    def settings(self, config: TidalConfig) -> TidalConfig:
+        """``config`` with this draft."""
+        return config.replace(mode="lossless", budget=self.budget, draft_tokens=self.draft_tokens)
 
 
 class RandomSteps(SpeculativeSteps):
@@ -60,7 +66,7 @@ def compare_batch(
     A row has ``draft, equal`` (prompts), ``differences`` (first place and logit gap of each prompt
     that differs), the fields of a `Tally`, ``seconds`` and ``dense_seconds`` (decoding alone).
     """
-    ids, mask = _left_padded(prompts, model.device)
+    ids, mask = left_padded(prompts, model.device)
     cache = DynamicCache()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     model(
@@ -87,20 +93,21 @@ def compare_batch(
         return output, time.perf_counter() - begin
 
     dense, dense_seconds = decode()
-    logits = torch.stack(dense.logits, dim=1)
+    best = torch.stack(dense.logits, dim=1).topk(2, dim=-1).values
+    gaps = best[..., 0] - best[..., 1]
+    wanted = dense.sequences[:, ids.shape[1] :]
     for draft in drafts:
-        settings = {"mode": "lossless", "budget": draft.budget, "draft_tokens": draft.draft_tokens}
-        with enable(model, config.replace(**settings)) as handle:
+        with enable(model, draft.settings(config)) as handle:
             if draft.random:
                 handle.speculative_steps = RandomSteps
             found, seconds = decode()
             tally = handle.stats()
-        differences = _differences(dense.sequences, found.sequences, logits, ids.shape[1])
+        parted = differences(wanted, found.sequences[:, ids.shape[1] :], gaps)
         yield {
             "draft": draft.name,
             "prompts": len(prompts),
-            "equal": len(prompts) - len(differences),
-            "differences": differences,
+            "equal": len(prompts) - len(parted),
+            "differences": parted,
             **vars(tally),
             "seconds": seconds,
             "dense_seconds": dense_seconds,
@@ -115,12 +122,15 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         tally = Tally()
         for row in mine:
             tally.add(Tally(**{field: row[field] for field in vars(tally)}))
+        parted = [one for row in mine for one in row["differences"]]
+        found = [one["gap"] for one in parted if one["gap"] is not None]
         lines.append(
             {
                 "draft": name,
                 "prompts": sum(row["prompts"] for row in mine),
                 "equal": sum(row["equal"] for row in mine),
-                "differences": [one for row in mine for one in row["differences"]],
+                "differences": parted,
+                "gaps": [median(found), max(found)] if found else None,
                 "acceptance": tally.acceptance,
                 "tokens_per_verify": tally.tokens_per_verify,
                 "kv_share": tally.kv_share,
@@ -131,24 +141,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _differences(
-    dense: torch.Tensor, found: torch.Tensor, logits: torch.Tensor, prompt: int
-) -> list[dict[str, float]]:
-    """Where each row first differs, and by how much full attention preferred its own token."""
-    width = min(dense.shape[1], found.shape[1])
-    out = []
-    for row in range(len(dense)):
-        differs = (dense[row, :width] != found[row, :width]).nonzero()
-        if len(differs):
-            at = int(differs[0]) - prompt
-            best = logits[row, at].topk(2).values
-            out.append({"token": at, "gap": float(best[0] - best[1])})
-        elif dense.shape[1] != found.shape[1]:
-            out.append({"token": width - prompt, "gap": float("nan")})
-    return out
-
-
-def _left_padded(
+def left_padded(
     prompts: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask ``[B, longest]`` of prompts of different lengths."""

@@ -11,12 +11,16 @@ from tidaldecode.eval.needle import Encode, Haystack, make_sample
 
 @dataclass(frozen=True)
 class PromptSet:
-    """``count`` prompts of ``shortest`` to ``longest`` tokens, drawn from ``seed``."""
+    """``count`` prompts of ``shortest`` to ``longest`` tokens, drawn from ``seed``.
+
+    A prompt depends on its number alone, so a long set can be gone through in pieces from ``first`` on.
+    """
 
     count: int
     shortest: int
     longest: int
     seed: int = 0
+    first: int = 0
 
     def build(self, haystack: Haystack, encode: Encode) -> list[list[int]]:
         """Token ids of all prompts; lengths are spread evenly over the logarithm.
@@ -27,7 +31,8 @@ class PromptSet:
             raise TidalError(
                 f"lengths: expected 1 <= shortest <= longest, got {self.shortest} and {self.longest}"
             )
-        return [self._prompt(number, haystack, encode) for number in range(self.count)]
+        numbers = range(self.first, self.first + self.count)
+        return [self._prompt(number, haystack, encode) for number in numbers]
 
     def _prompt(self, number: int, haystack: Haystack, encode: Encode) -> list[int]:
         rng = random.Random(f"{self.seed}/{number}")

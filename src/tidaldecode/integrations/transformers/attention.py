@@ -102,6 +102,9 @@ def tidal_attention_forward(
     if forward.on_device:
         # The plan is not looked at: one compilation of a model serves every plan.
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if query.shape[2] > 1:
+            several = (states.transpose(1, 2) for states in (query, key, value))
+            return step_attention(*several, layer, window, scale), None
         newest = (states[:, :, 0] for states in (query, key, value))
         return step_attention(*newest, layer, window, scale)[:, None], None
     role = forward.plan[layer]

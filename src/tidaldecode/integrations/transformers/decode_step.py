@@ -15,8 +15,8 @@ import torch
 from tidaldecode.algorithm import LayerPlan, Role
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import ShortOfMemoryError, TidalError
+from tidaldecode.integrations.transformers import compiler
 from tidaldecode.integrations.transformers.attention import KEYWORD, Forward
-from tidaldecode.integrations.transformers.compiler import COMPILER
 from tidaldecode.integrations.transformers.static_cache import FixedCache
 from tidaldecode.integrations.transformers.step_layers import StepLayers
 from tidaldecode.integrations.transformers.support import inspect_model
@@ -62,7 +62,7 @@ class DecodeStep:
         self._layers = StepLayers(config, plan, self.cache, self.seq_lens, self.starts)
         self._call = _decode
         if config.cuda_graph == "compiled":
-            self._call = torch.compile(_decode, dynamic=False, fullgraph=True, **COMPILER)
+            self._call = torch.compile(_decode, dynamic=False, fullgraph=True, **compiler.COMPILER)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._host_mask = _pass_through_mask(model, device)
 
@@ -115,16 +115,29 @@ class DecodeStep:
                 f"cache: expected room for another token, found all {self.capacity:,} taken; make a "
                 "step of larger capacity"
             )
-        if self.tokens.is_cuda:
-            if self._graph is None:
-                self._capture()
-            assert self._graph is not None
-            self._graph.replay()
-        else:
-            self._step()
+        self.replay()
         self.length += 1
         assert self.logits is not None
         return self.logits
+
+    def place(self, tokens: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """Go on from rows of different lengths: ``tokens [B, 1]`` are the last of ``seq_lens [B]``."""
+        self.tokens.copy_(tokens)
+        self.seq_lens.copy_(seq_lens)
+        self._position_ids.copy_((seq_lens - 1 - self.starts)[:, None])
+
+    def prepare(self) -> None:
+        """Capture the step if that is still to be done; needs a prefilled cache."""
+        if self.tokens.is_cuda and self._graph is None:
+            self._capture()
+
+    def replay(self) -> None:
+        """Run once from what the device holds; the caller sees to it that the cache has room."""
+        self.prepare()
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
 
     def use_cache(self, cache: FixedCache) -> None:
         """Decode on a cache that another step of the same shape has filled.
@@ -154,9 +167,13 @@ class DecodeStep:
         self.seq_lens.add_(1)
         self._position_ids.add_(1)
 
+    def _moving(self) -> tuple[torch.Tensor, ...]:
+        """What a step leaves different from what it found, beside the cache and the logits."""
+        return (self.tokens, self.seq_lens, self._position_ids)
+
     def _capture(self) -> None:
         """Compile and allocate on a side stream, then record the step once."""
-        moving = (self.tokens, self.seq_lens, self._position_ids)
+        moving = self._moving()
         kept = [tensor.clone() for tensor in moving]
         stream = torch.cuda.Stream(self.tokens.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

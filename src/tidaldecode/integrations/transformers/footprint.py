@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tidaldecode.algorithm.cost import full_kv_bytes_per_step, kv_bytes_per_step
+from tidaldecode.algorithm.cost import KVReads
 from tidaldecode.algorithm.plan import LayerPlan
 from tidaldecode.config import TidalConfig
 from tidaldecode.integrations.transformers.settings import resolve_settings
@@ -28,20 +28,23 @@ class Footprint:
     """The same for full attention."""
 
 
+def kv_reads(model: PreTrainedModel, config: TidalConfig, plan: LayerPlan) -> KVReads:
+    """What steps of ``model`` read of the cache. Errors: `TidalError`, as `enable`."""
+    _, shape = inspect_model(model)
+    return KVReads(
+        plan, config, shape.query_heads, shape.kv_heads, shape.head_dim, model.dtype.itemsize
+    )
+
+
 def measure_footprint(
     model: PreTrainedModel, config: TidalConfig | None, context: int
 ) -> Footprint:
     """Bytes of K and V that a step reads at ``context`` tokens. Errors: `TidalError`, as `enable`."""
     _, shape = inspect_model(model)
     settings, plan, _ = resolve_settings(model, shape, config or TidalConfig(), {})
-    common = {
-        "context": context,
-        "kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "element_bytes": model.dtype.itemsize,
-    }
-    full = full_kv_bytes_per_step(plan, **common)
+    reads = kv_reads(model, settings, plan)
+    full = reads.full(context)
     if config is None:
         return Footprint(None, context, full, full)
-    read = kv_bytes_per_step(plan, settings, query_heads=shape.query_heads, **common)
+    read = reads.sparse(context)
     return Footprint(plan, min(context, settings.budget), read, full)

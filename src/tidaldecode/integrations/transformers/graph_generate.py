@@ -23,7 +23,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from tidaldecode.algorithm import Role
-from tidaldecode.errors import ShortOfMemoryError, TidalError
+from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
 from tidaldecode.kernels.dispatch import resolve_backend
 
@@ -54,6 +54,8 @@ def graph_generate(
     the same batch size. Results are those of plain ``generate``. transformers keeps ``streamer`` from
     callables, so new tokens go to ``token_streamer``.
 
+    In lossless mode drafts and verifications are captured (`lossless_graph`); greedy only.
+
     Errors: `TidalError` for a model that is not enabled, a cache to continue, several GPUs in step,
     returned attentions or hidden states, and whatever a `DecodeStep` refuses.
     """
@@ -66,6 +68,19 @@ def graph_generate(
             "on_scores: expected None, since a captured step shows its scores to nobody, got a "
             "function; leave custom_generate out"
         )
+    if handle.config.mode == "lossless":
+        from tidaldecode.integrations.transformers.lossless_graph import require_captured
+
+        return require_captured(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            token_streamer,
+            synced_gpus,
+            **model_kwargs,
+        )
     run = functools.partial(
         _generate,
         handle,
@@ -76,14 +91,7 @@ def graph_generate(
         token_streamer,
         model_kwargs.get("attention_mask"),
     )
-    try:
-        return run()
-    except ShortOfMemoryError:
-        # Steps of other batch sizes hold memory that this call may do with.
-        if not handle.steps.clear():
-            raise
-    torch.cuda.empty_cache()
-    return run()
+    return handle.steps.run(run)
 
 
 def _generate(
@@ -131,7 +139,7 @@ def graphed(model: PreTrainedModel, handle: TidalHandle) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def routed(*args: Any, **kwargs: Any) -> Any:
-        if handle.on_scores is not None or not _suits(model, args, kwargs):
+        if handle.on_scores is not None or not suits(model, args, kwargs):
             return generate(*args, **kwargs)
         streamer = kwargs.get("streamer")
         extra = {} if streamer is None else {"token_streamer": streamer}
@@ -146,8 +154,8 @@ _UNSUITED = (
 ).split()
 
 
-def _suits(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether `graph_generate` can serve this call of ``generate``."""
+def suits(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `graph_generate` can serve this call of ``model.generate``."""
     if len(args) > 1 or any(kwargs.get(name) is not None for name in _UNSUITED):
         return False
     config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)

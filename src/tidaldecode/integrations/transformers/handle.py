@@ -12,17 +12,24 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.algorithm import Role
-from tidaldecode.algorithm.cost import full_kv_bytes_per_step, kv_bytes_per_step
 from tidaldecode.algorithm.tally import Tally
 from tidaldecode.config import TidalConfig
 from tidaldecode.engine import OnScores
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.attention import HOST, KEYWORD, NAME, Forward, register
+from tidaldecode.integrations.transformers.captured_rounds import CapturedRounds
 from tidaldecode.integrations.transformers.correction import Corrector
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
-from tidaldecode.integrations.transformers.graph_generate import can_graph, graphed
+from tidaldecode.integrations.transformers.footprint import kv_reads
+from tidaldecode.integrations.transformers.graph_generate import (
+    can_graph,
+    graph_generate,
+    graphed,
+    suits,
+)
 from tidaldecode.integrations.transformers.lossless import lossless_generate
 from tidaldecode.integrations.transformers.lossless_call import correcting, lossless
+from tidaldecode.integrations.transformers.lossless_graph import captured_generate
 from tidaldecode.integrations.transformers.settings import resolve_settings
 from tidaldecode.integrations.transformers.speculative_steps import SpeculativeSteps
 from tidaldecode.integrations.transformers.step_pool import StepPool
@@ -45,10 +52,14 @@ class TidalHandle:
         self.config, self.plan, self.reason = resolve_settings(model, self.shape, config, overrides)
         self.on_scores: OnScores | None = None
         """If set, sees the token scores of every selection layer of every decode step."""
+        self.reads = kv_reads(model, self.config, self.plan)
+        """Bytes of K and V that a sparse step reads, and full attention."""
         self.tally = Tally()
         """What lossless decoding did since `enable`."""
         self.speculative_steps: type[SpeculativeSteps] = SpeculativeSteps
-        """What drafts and verifies in lossless mode."""
+        """What drafts and verifies in lossless mode, run by the host."""
+        self.captured_rounds: type[CapturedRounds] = CapturedRounds
+        """The same, run by the device."""
         self._model, self._decoder = model, decoder
         self._lossless = self.config.mode == "lossless"
         if self._lossless:
@@ -59,6 +70,8 @@ class TidalHandle:
             self._corrector = Corrector(decoder, self.config, self.plan)
         self.steps = StepPool(self._make_step)
         """Decode steps for `graph_generate`."""
+        self.rounds = StepPool(self._make_rounds)
+        """Draft and verify steps for `graph_generate` in lossless mode."""
         self._previous = decoder.config._attn_implementation
         if self._previous != HOST:
             raise TidalError(
@@ -83,6 +96,7 @@ class TidalHandle:
             return
         delattr(self._model, _ATTRIBUTE)
         self.steps.clear()
+        self.rounds.clear()
         if self._routes:
             del self._model.generate
         for hook in self._hooks:
@@ -140,24 +154,6 @@ class TidalHandle:
         total.add(self.tally)
         return total
 
-    def kv_bytes(self, context: int) -> int:
-        """Bytes of K and V that a sparse step reads for one row of ``context`` tokens."""
-        return kv_bytes_per_step(
-            self.plan, self.config, query_heads=self.shape.query_heads, **self._sizes(context)
-        )
-
-    def full_kv_bytes(self, context: int) -> int:
-        """The same for full attention."""
-        return full_kv_bytes_per_step(self.plan, **self._sizes(context))
-
-    def _sizes(self, context: int) -> dict[str, int]:
-        return {
-            "context": context,
-            "kv_heads": self.shape.kv_heads,
-            "head_dim": self.shape.head_dim,
-            "element_bytes": self._model.dtype.itemsize,
-        }
-
     def _check_layers(self, what: str) -> None:
         """Errors: `TidalError` where layers of the host forget tokens that were rewritten."""
         if hosts := self.plan.layers(Role.HOST):
@@ -169,12 +165,28 @@ class TidalHandle:
     def _route(self) -> Callable[..., Any] | None:
         """What takes the place of ``model.generate``, or None where it stays."""
         if self._lossless:
-            return lossless(self._model, lossless_generate)
+            return lossless(self._model, self._choose_loop, (lossless_generate, graph_generate))
         if self._corrector is not None:
             return correcting(self._model)
         if self.config.cuda_graph is not False and can_graph(self._model, self):
             return graphed(self._model, self)
         return None
+
+    def _choose_loop(self, call: dict[str, Any]) -> Callable[..., Any]:
+        """The loop of a lossless ``generate``: captured rounds wherever they give the same."""
+        captured = (
+            self.config.cuda_graph is not False
+            and self.on_scores is None
+            and self.speculative_steps is SpeculativeSteps
+            and call.get("position_ids") is None
+            and suits(self._model, (), call)
+            and can_graph(self._model, self)
+        )
+        return captured_generate if captured else lossless_generate
+
+    def _make_rounds(self, batch: int, capacity: int) -> CapturedRounds:
+        make = self.captured_rounds
+        return make(self._model, self.config, self.plan, batch=batch, capacity=capacity)
 
     def _make_step(self, batch: int, capacity: int) -> DecodeStep:
         return DecodeStep(self._model, self.config, self.plan, batch=batch, capacity=capacity)

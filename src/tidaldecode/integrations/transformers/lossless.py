@@ -29,11 +29,11 @@ from tidaldecode.algorithm.speculation import (
     accept_sampled,
     draw,
 )
-from tidaldecode.algorithm.tally import Tally
 from tidaldecode.integrations.transformers.lossless_call import check_call, row_places
 from tidaldecode.integrations.transformers.processing import Processing
 from tidaldecode.integrations.transformers.ragged_rows import RaggedRows
 from tidaldecode.integrations.transformers.rewrite_cache import RewriteCache
+from tidaldecode.integrations.transformers.round_tally import RoundTally
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -76,7 +76,7 @@ def lossless_generate(
         loop.run(output.logits[:, -1].float())
     finally:
         cache.release(max(rows.settled - 1, rows.prompt))
-        handle.tally.add(loop.tally)
+        handle.tally.add(loop.counts.tally)
     if rows.streamer is not None:
         rows.streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -101,11 +101,9 @@ class _Loop:
         sample: bool,
     ) -> None:
         self.rows, self.steps, self.processing = rows, steps, processing
-        self.tally = Tally()
-        self._handle = handle
         fixed = handle.config.draft_tokens
         self.length = DraftLength(None if fixed == "auto" else fixed)
-        self._starts = steps.starts.tolist()
+        self.counts = RoundTally(handle.reads, rows, steps.starts.tolist())
         self._noise = PlaceNoise(len(rows.lengths), rows.device) if sample else None
 
     def run(self, logits: torch.Tensor) -> None:
@@ -143,22 +141,16 @@ class _Loop:
         scores = self.processing(raw, history, self._lengths(length + 1))
         verdict = self._judge(drafted[:, 1:], draft_probs, scores)
         table = torch.cat([verdict.tokens, verdict.counts[:, None]], dim=1).tolist()
-        known = list(rows.lengths)
-        running = [r for r, n in enumerate(known) if n < rows.capacity and not rows.ended[r]]
+        known, running = list(rows.lengths), self.counts.running()
         taken = rows.extend([row[:-1] for row in table], [row[-1] for row in table], raw, scores)
         accepted = [min(table[row][-1] - 1, taken[row]) for row in running]
         self.length.observe(length, accepted, middle - begin, self._clock() - middle)
-        self._count(length, running, known, taken, accepted)
+        self.counts.add(length, running, known, taken, accepted)
 
     def _draft_length(self) -> int:
         """Tokens to draft now: none where a draft would be full attention, or has no room."""
-        rows = self.rows
-        length = min(self.length.choose(), rows.room() - 1)
-        widest = max(
-            known + length - 1 - start
-            for known, start in zip(rows.lengths, self._starts, strict=True)
-        )
-        return 0 if widest <= self._handle.config.budget else length
+        length = min(self.length.choose(), self.rows.room() - 1)
+        return 0 if self.counts.fits(length) else length
 
     def _choose(self, scores: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft number ``index`` of every row, ``[B, 1]``, and its chances ``[B, V]``."""
@@ -230,26 +222,3 @@ class _Loop:
         if self.length.measures and self.rows.device.type == "cuda":
             torch.cuda.synchronize(self.rows.device)
         return time.perf_counter()
-
-    def _count(
-        self,
-        length: int,
-        running: list[int],
-        known: list[int],
-        taken: list[int],
-        accepted: list[int],
-    ) -> None:
-        """Add a round to the tally."""
-        tally = self.tally
-        tally.rounds += 1
-        tally.verified += len(running)
-        # No draft is wanted for a row's last token, and none behind it.
-        tally.drafted += sum(min(length, self.rows.capacity - known[row] - 1) for row in running)
-        tally.accepted += sum(accepted)
-        tally.tokens += sum(taken[row] for row in running)
-        for row in running:
-            context = known[row] - self._starts[row]
-            drafts, full = self._handle.kv_bytes, self._handle.full_kv_bytes
-            tally.kv_bytes += sum(drafts(context + index) for index in range(length))
-            tally.kv_bytes += full(context + length)
-            tally.dense_kv_bytes += sum(full(context + index) for index in range(taken[row]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,14 @@ _TAKEN = {
 }
 
 
-def lossless(model: PreTrainedModel, loop: Callable[..., Any]) -> Callable[..., Any]:
-    """``model.generate`` that decodes by ``loop``, and refuses what is not greedy or sampled.
+def lossless(
+    model: PreTrainedModel,
+    choose: Callable[[dict[str, Any]], Callable[..., Any]],
+    loops: Sequence[Callable[..., Any]],
+) -> Callable[..., Any]:
+    """``model.generate`` that decodes losslessly, and refuses what is not greedy or sampled.
+
+    ``choose`` says by which loop a call without one decodes; it may also name one of ``loops``.
 
     Errors: `TidalError` for another generation mode or another loop.
     """
@@ -39,13 +45,13 @@ def lossless(model: PreTrainedModel, loop: Callable[..., Any]) -> Callable[..., 
     @functools.wraps(generate)
     def routed(*args: Any, **kwargs: Any) -> Any:
         call = _by_name(generate, args, kwargs)
-        if call.get("custom_generate") not in (None, loop):
+        if call.get("custom_generate") not in (None, *loops):
             raise TidalError(
                 "custom_generate: expected None in lossless mode, which has a loop of its own, got "
                 f"{call['custom_generate']!r}; leave it out or use mode='sparse'"
             )
         _check_generation_mode(model, call, "mode='lossless'")
-        call["custom_generate"] = loop
+        call["custom_generate"] = call.get("custom_generate") or choose(call)
         # transformers keeps the streamer from callables.
         if call.get("streamer") is not None:
             call["token_streamer"] = call["streamer"]

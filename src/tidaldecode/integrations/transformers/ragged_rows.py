@@ -63,6 +63,8 @@ class RaggedRows:
         self.logits: tuple[torch.Tensor, ...] | None = (
             () if output and config.output_logits else None
         )
+        self.records = self.scores is not None or self.logits is not None
+        """Whether what tokens were chosen from is kept."""
         self._kept: dict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def room(self) -> int:
@@ -80,14 +82,17 @@ class RaggedRows:
         self,
         tokens: Sequence[Sequence[int]],
         counts: Sequence[int],
-        logits: torch.Tensor,
-        scores: torch.Tensor,
+        logits: torch.Tensor | None = None,
+        scores: torch.Tensor | None = None,
     ) -> list[int]:
         """Give row ``b`` the first ``counts[b]`` of ``tokens[b]``, up to its end; how many it took.
 
-        ``logits, scores [B, n, V]``: what the tokens were chosen from, raw and processed.
+        ``logits, scores [B, n, V]``: what the tokens were chosen from, raw and processed; only wanted
+        where they are recorded.
         """
         lengths, ended, taken = list(self.lengths), list(self.ended), []
+        places: list[int] = []
+        values: list[int] = []
         for row, (new, count) in enumerate(zip(tokens, counts, strict=True)):
             begin = lengths[row]
             room = min(count, self.capacity - begin)
@@ -96,13 +101,17 @@ class RaggedRows:
                 stop = next((at for at, token in enumerate(chosen) if token in self._eos), None)
                 if stop is not None:
                     chosen, ended[row] = chosen[: stop + 1], True
-            self.ids[row, begin : begin + len(chosen)] = torch.tensor(chosen, dtype=torch.long)
-            if self.scores is not None or self.logits is not None:
+            places += range(row * self.capacity + begin, row * self.capacity + begin + len(chosen))
+            values += chosen
+            if logits is not None and scores is not None and self.records:
                 for at in range(len(chosen)):
                     kept = self._kept.setdefault(begin + at, {})
                     kept[row] = (logits[row, at].clone(), scores[row, at].clone())
             lengths[row] = begin + len(chosen)
             taken.append(len(chosen))
+        self.ids.view(-1)[torch.tensor(places, dtype=torch.long)] = torch.tensor(
+            values, dtype=torch.long
+        )
         # Together, and last: an interruption leaves the rows as they were before.
         self.lengths, self.ended = lengths, ended
         return taken

@@ -1,7 +1,7 @@
 """The two forwards of lossless decoding, on one cache: a sparse step for drafts, a dense one for all.
 
 Both write the keys and values of what they are fed at each row's own end; the dense one overwrites
-those of the drafts. They run eagerly here; captured ones need the same two methods.
+those of the drafts. They run eagerly here; `captured_rounds` has them on the device.
 """
 
 from __future__ import annotations

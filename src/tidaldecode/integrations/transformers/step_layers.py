@@ -71,13 +71,18 @@ class StepLayers:
         window: int | None,
         scale: float,
     ) -> torch.Tensor:
-        """Cache the newest ``k, v [B, Hkv, D]`` and attend with ``q [B, Hq, D]``; returns its like."""
+        """Cache the newest ``k, v [B, Hkv, D]`` and attend with ``q [B, Hq, D]``; returns its like.
+
+        Or the ``T`` newest: ``k, v [B, T, Hkv, D]``, ``q [B, T, Hq, D]``, by full attention.
+        """
         assert self._state is not None
         role = self.plan[layer]
         check_window(layer, role, window)
         filled = self.cache.layers[layer]
         backend = self.config.backend
         append_token(filled.keys, filled.values, k, v, self.seq_lens, backend=backend)
+        if q.dim() == 4:
+            return self._verify(q, filled.keys, filled.values, layer, scale)
         if role is not Role.HOST:
             return decode_attention(
                 q, filled.keys, filled.values, layer, self.plan, self._state, scale=scale
@@ -96,6 +101,29 @@ class StepLayers:
             scale=scale,
             starts=starts,
             backend=backend,
+        )
+        return out
+
+    def _verify(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, scale: float
+    ) -> torch.Tensor:
+        """Full attention of the newest queries ``[B, T, Hq, D]``.
+
+        Errors: `TidalError` for a layer that does something else.
+        """
+        if self.plan[layer] is not Role.DENSE:
+            raise TidalError(
+                f"layer {layer}: expected full attention where several tokens of a row are verified, "
+                f"got plan {self.plan}; use dense_plan(plan)"
+            )
+        out, _, _ = dense_decode(
+            q,
+            keys,
+            values,
+            self.seq_lens,
+            scale=scale,
+            starts=self.starts,
+            backend=self.config.backend,
         )
         return out
 

@@ -7,12 +7,14 @@ units of log 2 throughout (exp2 is what the hardware has).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from tidaldecode.kernels.partition import parts
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -24,26 +26,23 @@ _MERGED_SPLITS = 32
 
 @triton.jit
 def store_split(
-    acc, peak, total, split, first_query, part_out, part_lse, out, lse,
+    acc, peak, total, split, number, kept, part_out, part_lse, out, lse,
     SPLITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
 ):  # fmt: skip
     """Store what one split found, or the result itself if it is the only split.
 
-    ``acc [ROWS, DP]`` unnormalised, ``peak, total [ROWS]``; ``first_query`` numbers the group's first
-    query head over the batch. Parts: ``part_out [B * Hq, SPLITS, D]``, ``part_lse [B * Hq, SPLITS]``.
+    ``acc [ROWS, DP]`` unnormalised, ``peak, total [ROWS]``; ``number [ROWS]`` counts the heads of all
+    queries over the batch, of which those ``kept`` are real. Parts: ``part_out [numbers, SPLITS, D]``,
+    ``part_lse [numbers, SPLITS]``.
     """
-    group = tl.arange(0, ROWS)
     channel = tl.arange(0, DP)
-    kept = group < GROUP
     inside = kept[:, None] & (channel < D)[None, :]
     full = total > 0
     normal = acc / tl.where(full, total, 1.0)[:, None]
     lse2 = tl.where(full, peak + tl.log2(tl.where(full, total, 1.0)), float("-inf"))
-    query = (first_query + group).to(tl.int64)
+    query = number.to(tl.int64)
     if SPLITS == 1:
         target = out + query[:, None] * D + channel[None, :]
         tl.store(target, normal.to(out.dtype.element_ty), mask=inside)
@@ -55,13 +54,10 @@ def store_split(
 
 
 @triton.jit
-def store_nothing(
-    split, first_query, part_lse, SPLITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr
-):
+def store_nothing(split, number, kept, part_lse, SPLITS: tl.constexpr, ROWS: tl.constexpr):
     """Mark a split that has no tokens; its part of the output is never read."""
-    group = tl.arange(0, ROWS)
-    slot = (first_query + group).to(tl.int64) * SPLITS + split
-    tl.store(part_lse + slot, tl.full([ROWS], float("-inf"), tl.float32), mask=group < GROUP)
+    slot = number.to(tl.int64) * SPLITS + split
+    tl.store(part_lse + slot, tl.full([ROWS], float("-inf"), tl.float32), mask=kept)
 
 
 @triton.jit
@@ -73,7 +69,7 @@ def _merge_kernel(
     DP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(B * Hq,)``: merges the splits of one query head."""
+    """Grid: one program for each head of each query; it merges their splits."""
     wait_for_predecessor(OVERLAP)
     query = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, DP)
@@ -109,22 +105,25 @@ class SplitOutputs:
     """Results of a split-K kernel, and the parts that they are merged from."""
 
     out: torch.Tensor
-    """``[B, Hq, D]`` in q's dtype."""
+    """``[B, Hq, D]`` or ``[B, T, Hq, D]`` in q's dtype."""
     lse: torch.Tensor
-    """``[B, Hq]`` fp32."""
+    """``[B, Hq]`` or ``[B, T, Hq]`` fp32."""
     part_out: torch.Tensor
     part_lse: torch.Tensor
     splits: int
 
     @classmethod
     def make(cls, q: torch.Tensor, splits: int, out: torch.Tensor | None = None) -> SplitOutputs:
-        """Uninitialised memory for queries ``[B, Hq, D]``; ``out``, if given, is part of it."""
-        batch, heads, head_dim = q.shape
-        parts = batch * heads * splits if splits > 1 else 0
+        """Uninitialised memory for queries ``[B, Hq, D]`` or ``[B, T, Hq, D]``.
+
+        ``out``, if given, is part of it.
+        """
+        head_dim = q.shape[-1]
+        parts = math.prod(q.shape[:-1]) * splits if splits > 1 else 0
         memory = torch.empty(parts * (head_dim + 1), dtype=torch.float32, device=q.device)
         return cls(
             torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out,
-            torch.empty((batch, heads), dtype=torch.float32, device=q.device),
+            torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device),
             memory[: parts * head_dim],
             memory[parts * head_dim :],
             splits,
@@ -148,7 +147,8 @@ class SplitOutputs:
 
 def split_count(heads: int, most: int, device: torch.device, per_processor: int = 1) -> int:
     """Splits of each of ``heads`` (over the batch), at most ``most``, that just fill the device."""
-    return max(1, min(most, per_processor * processors(device) // max(heads, 1)))
+    usual = max(1, min(most, per_processor * processors(device) // max(heads, 1)))
+    return min(max(most, 1), parts(usual))
 
 
 def processors(device: torch.device) -> int:

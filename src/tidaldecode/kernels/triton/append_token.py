@@ -1,4 +1,4 @@
-"""append_token in Triton: keys and values of all rows and heads in one launch."""
+"""append_token in Triton: keys and values of all rows, heads and new tokens in one launch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ def _append_kernel(
     k_cache, v_cache, k, v, seq_lens, capacity,
     kc_row, kc_head, kc_token, kc_channel,
     vc_row, vc_head, vc_token, vc_channel,
-    k_row, k_head, k_channel,
-    v_row, v_head, v_channel,
+    k_row, k_new, k_head, k_channel,
+    v_row, v_new, v_head, v_channel,
     D: tl.constexpr,
     DP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(Hkv, B)``."""
+    """Grid ``(Hkv, B, T)``."""
     wait_for_predecessor(OVERLAP)
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    last = tl.load(seq_lens + row).to(tl.int64) - 1
+    head, row, new = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    place = tl.load(seq_lens + row).to(tl.int64) - tl.num_programs(2) + new
     channel = tl.arange(0, DP)
-    there = channel < tl.where((last >= 0) & (last < capacity), D, 0)
-    key = tl.load(k + row * k_row + head * k_head + channel * k_channel, mask=there)
-    value = tl.load(v + row * v_row + head * v_head + channel * v_channel, mask=there)
-    k_target = k_cache + row * kc_row + head.to(tl.int64) * kc_head + last * kc_token
-    v_target = v_cache + row * vc_row + head.to(tl.int64) * vc_head + last * vc_token
+    there = channel < tl.where((place >= 0) & (place < capacity), D, 0)
+    k_source = k + row * k_row + new * k_new + head * k_head
+    v_source = v + row * v_row + new * v_new + head * v_head
+    key = tl.load(k_source + channel * k_channel, mask=there)
+    value = tl.load(v_source + channel * v_channel, mask=there)
+    k_target = k_cache + row * kc_row + head.to(tl.int64) * kc_head + place * kc_token
+    v_target = v_cache + row * vc_row + head.to(tl.int64) * vc_head + place * vc_token
     tl.store(k_target + channel * kc_channel, key, mask=there)
     tl.store(v_target + channel * vc_channel, value, mask=there)
 
@@ -42,10 +44,12 @@ def append_token(
     seq_lens: torch.Tensor,
 ) -> None:
     """Twin of `tidaldecode.kernels.append_token`."""
-    batch, heads, head_dim = k.shape
-    if batch == 0:
+    if k.dim() == 3:
+        k, v = k[:, None], v[:, None]
+    batch, count, heads, head_dim = k.shape
+    if batch == 0 or count == 0:
         return
-    _append_kernel[(heads, batch)](
+    _append_kernel[(heads, batch, count)](
         k_cache, v_cache, k, v, seq_lens, k_cache.shape[2],
         *k_cache.stride(),
         *v_cache.stride(),

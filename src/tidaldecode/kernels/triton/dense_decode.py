@@ -1,4 +1,7 @@
-"""dense_decode in Triton: split-K, the query heads of a KV head in one tile, lengths on the device."""
+"""dense_decode in Triton: split-K, the query heads of a KV head in one tile, lengths on the device.
+
+Several queries of a row share the tile too, so that a verification reads K and V once.
+"""
 
 from __future__ import annotations
 
@@ -24,39 +27,58 @@ from tidaldecode.kernels.triton.score_tokens import score_tokens
 def _dense_kernel(
     q, k, v, seq_lens, starts, block_table, out, lse, logits, part_out, part_lse,
     scale, table_stride, block_size, logits_width,
-    q_row, q_head, q_channel,
+    q_row, q_query, q_head, q_channel,
     k_row, k_head, k_token, k_channel,
     v_row, v_head, v_token, v_channel,
     PADDED: tl.constexpr,
     PAGED: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
+    QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(SPLITS, Hkv, B)``: one program attends to one stretch of one KV head's tokens."""
+    """Grid ``(SPLITS * TILES, Hkv, B)``: one program attends to one stretch of one KV head's tokens.
+
+    A tile holds ``ROWS`` of the ``QUERIES * GROUP`` query heads that read the KV head. Where there are
+    several tiles, those of one stretch run side by side and find its tokens in the GPU's cache.
+    """
     wait_for_predecessor(OVERLAP)
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
+    lane = tl.arange(0, ROWS)
+    if TILES > 1:
+        lane += (split % TILES) * ROWS
+        split = split // TILES
     end = tl.load(seq_lens + row)
     start = tl.load(starts + row) if PADDED else 0
     stretch = tl.cdiv(tl.cdiv(end - start, BLOCK), SPLITS) * BLOCK
     lowest = start + split * stretch
     highest = tl.minimum(lowest + stretch, end)
-    first_query = (row * kv_heads + head) * GROUP
-    if (SPLITS > 1) & (lowest >= highest):
-        store_nothing(split, first_query, part_lse, SPLITS, GROUP, ROWS)
+    kept = lane < QUERIES * GROUP
+    if QUERIES == 1:
+        heads = head * GROUP + lane
+        number = row * kv_heads * GROUP + heads
+        q_offsets = row.to(tl.int64) * q_row + heads[:, None] * q_head
     else:
-        group = tl.arange(0, ROWS)
+        later = lane // GROUP
+        heads = head * GROUP + lane % GROUP
+        number = (row * QUERIES + later) * kv_heads * GROUP + heads
+        q_offsets = row.to(tl.int64) * q_row + (later * q_query + heads * q_head)[:, None]
+        # A query sees no token that came after its own.
+        limit = end - QUERIES + 1 + later
+    if (SPLITS > 1) & (lowest >= highest):
+        store_nothing(split, number, kept, part_lse, SPLITS, ROWS)
+    else:
         channel = tl.arange(0, DP)
-        q_offsets = row.to(tl.int64) * q_row + (head * GROUP + group)[:, None] * q_head
         query = tl.load(
             q + q_offsets + channel[None, :] * q_channel,
-            mask=(group < GROUP)[:, None] & (channel < D)[None, :],
+            mask=kept[:, None] & (channel < D)[None, :],
             other=0.0,
         )
         peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -73,12 +95,20 @@ def _dense_kernel(
             key = tl.load(k + at[:, None] + channel[None, :] * k_channel, mask=inside, other=0.0)
             logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
             if KEEP_LOGITS:
-                place = (first_query + group).to(tl.int64)[:, None] * logits_width + token[None, :]
-                tl.store(logits + place, logit, mask=(group < GROUP)[:, None] & there[None, :])
-            logit = tl.where(there[None, :], logit, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(logit, 1))
-            weight = tl.exp2(logit - new_peak[:, None])
-            old = tl.exp2(peak - new_peak)
+                place = number.to(tl.int64)[:, None] * logits_width + token[None, :]
+                tl.store(logits + place, logit, mask=kept[:, None] & there[None, :])
+            if QUERIES == 1:
+                logit = tl.where(there[None, :], logit, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(logit, 1))
+                safe_peak = new_peak
+            else:
+                seen = there[None, :] & (token[None, :] < limit[:, None])
+                logit = tl.where(seen, logit, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(logit, 1))
+                # A query may see nothing of a tile: -inf - -inf would be NaN.
+                safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            weight = tl.exp2(logit - safe_peak[:, None])
+            old = tl.exp2(peak - safe_peak)
             total = total * old + tl.sum(weight, 1)
             at = token_offsets(
                 token, row, head, there, block_table, table_stride, block_size,
@@ -90,8 +120,8 @@ def _dense_kernel(
             acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
             peak = new_peak
         store_split(
-            acc, peak, total, split, first_query, part_out, part_lse, out, lse,
-            SPLITS, GROUP, ROWS, D, DP,
+            acc, peak, total, split, number, kept, part_out, part_lse, out, lse,
+            SPLITS, D, DP,
         )  # fmt: skip
 
 
@@ -132,16 +162,20 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """``out [B, Hq, D]``, ``lse [B, Hq]`` and, if kept, logits in units of log 2 ``[B, Hq, W]``.
 
-    Logits outside a row's range are void.
+    Logits outside a row's range are void. With ``q [B, T, Hq, D]``, ``out [B, T, Hq, D]`` and
+    ``lse [B, T, Hq]``; no logits are kept then.
     """
-    batch, query_heads, head_dim = q.shape
+    batch, query_heads, head_dim = len(q), q.shape[-2], q.shape[-1]
+    queries = 1 if q.dim() == 3 else q.shape[1]
     paged = block_table is not None
     kv_heads = k.shape[2] if paged else k.shape[1]
     capacity = layout.capacity(k, block_table)
     group = query_heads // kv_heads
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    block, warps, stages = _tile(padded_dim, q.element_size())
-    splits = split_count(batch * kv_heads, triton.cdiv(max(capacity, 1), block), q.device)
+    rows = _tile_rows(queries, group, padded_dim, q.element_size())
+    tiles = triton.cdiv(queries * group, rows)
+    block, warps, stages = _tile(padded_dim, q.element_size(), rows)
+    splits = split_count(batch * kv_heads * tiles, triton.cdiv(max(capacity, 1), block), q.device)
     results = SplitOutputs.make(q, splits)
     logits = None
     if keep_logits:
@@ -149,21 +183,23 @@ def attend(
         logits = torch.empty(shape, dtype=torch.float32, device=q.device)
     if batch == 0:
         return results.out, results.lse, logits
-    _dense_kernel[(splits, kv_heads, batch)](
+    _dense_kernel[(splits * tiles, kv_heads, batch)](
         q, k, v, seq_lens, starts, block_table, results.out, results.lse, logits,
         results.part_out, results.part_lse,
         scale * LOG2E,
         0 if block_table is None else block_table.stride(0),
         k.shape[1] if paged else 0,
         capacity,
-        *q.stride(),
+        *(q.stride() if q.dim() == 4 else (q.stride(0), 0, q.stride(1), q.stride(2))),
         *cache_strides(k, paged),
         *cache_strides(v, paged),
         PADDED=starts is not None,
         PAGED=paged,
         KEEP_LOGITS=keep_logits,
+        QUERIES=queries,
         GROUP=group,
-        ROWS=max(16, triton.next_power_of_2(group)),
+        ROWS=rows,
+        TILES=tiles,
         D=head_dim,
         DP=padded_dim,
         BLOCK=block,
@@ -176,8 +212,20 @@ def attend(
     return results.out, results.lse, logits
 
 
-def _tile(padded_dim: int, element_size: int) -> tuple[int, int, int]:
-    """``(tokens in a tile, warps, pipeline stages)``, measured on an NVIDIA H200."""
+def _tile_rows(queries: int, group: int, padded_dim: int, element_size: int) -> int:
+    """Query heads of a tile: all that read one KV head, or as many as the registers hold."""
+    wanted: int = max(16, triton.next_power_of_2(queries * group))
+    if queries == 1:
+        return wanted
+    return min(wanted, 32 if element_size == 4 else 64 if padded_dim > 128 else 128)
+
+
+def _tile(padded_dim: int, element_size: int, rows: int) -> tuple[int, int, int]:
+    """``(tokens in a tile, warps, pipeline stages)``, measured on an NVIDIA H200 for up to 16 rows."""
     if element_size == 4:
         return max(16, 4096 // padded_dim), 4, 2
-    return (64, 4, 3) if padded_dim > 128 else (128, 4, 3)
+    if rows > 64:
+        return 64, 8, 3
+    if padded_dim > 128:
+        return 64, 4, 3 if rows < 64 else 2
+    return 128, 4, 3

@@ -51,11 +51,11 @@ def _sparse_kernel(
     stretch = tl.cdiv(tl.cdiv(count, BLOCK), SPLITS) * BLOCK
     lowest = split * stretch
     highest = tl.minimum(lowest + stretch, count)
-    first_query = (row * heads + head) * GROUP
+    group = tl.arange(0, ROWS)
+    number = (row * heads + head) * GROUP + group
     if (SPLITS > 1) & (lowest >= highest):
-        store_nothing(split, first_query, part_lse, SPLITS, GROUP, ROWS)
+        store_nothing(split, number, group < GROUP, part_lse, SPLITS, ROWS)
     else:
-        group = tl.arange(0, ROWS)
         channel = tl.arange(0, DP)
         q_offsets = row.to(tl.int64) * q_row + (head * GROUP + group)[:, None] * q_head
         query = tl.load(
@@ -98,8 +98,8 @@ def _sparse_kernel(
             acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
             peak = new_peak
         store_split(
-            acc, peak, total, split, first_query, part_out, part_lse, out, lse,
-            SPLITS, GROUP, ROWS, D, DP,
+            acc, peak, total, split, number, group < GROUP, part_out, part_lse, out, lse,
+            SPLITS, D, DP,
         )  # fmt: skip
 
 

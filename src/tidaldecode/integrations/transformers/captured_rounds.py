@@ -1,0 +1,191 @@
+"""Rounds of lossless decoding that need nothing of the host: captured drafts, and a captured verdict.
+
+A round replays the sparse step for every drafted token and a `VerifyStep` once. Lengths, tokens and the
+acceptance stay on the device, so the next round can be asked for before the host has seen the last one;
+it looks once, when it reads a round's verdict. On a CPU the same steps run one by one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tidaldecode.algorithm import LayerPlan
+from tidaldecode.algorithm.draft_length import MOST
+from tidaldecode.config import TidalConfig
+from tidaldecode.errors import TidalError
+from tidaldecode.integrations.transformers.decode_step import DecodeStep
+from tidaldecode.integrations.transformers.footprint import kv_reads
+from tidaldecode.integrations.transformers.verify_step import RowEnds, VerifyStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Mark = torch.cuda.Event | float
+"""A moment: on the device's own clock, or in seconds."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that was asked for, and may still be running."""
+
+    length: int
+    """Drafted tokens of every row."""
+    verdict: torch.Tensor
+    """``[B, length + 2]`` int64 on the host: as a `VerifyStep` leaves it; void before the end."""
+    begin: Mark
+    middle: Mark
+    """Between the draft and the verification."""
+    end: Mark
+
+    def read(self) -> tuple[list[list[int]], list[int]]:
+        """Tokens of every row, and how many of them it may take; waits for the round.
+
+        This is the one place where the host waits for the device.
+        """
+        if isinstance(self.end, torch.cuda.Event):
+            self.end.synchronize()
+        table = self.verdict.tolist()
+        return [row[:-1] for row in table], [row[-1] for row in table]
+
+    def seconds(self) -> tuple[float, float]:
+        """What the draft and the verification took, once the round is done."""
+        return _between(self.begin, self.middle), _between(self.middle, self.end)
+
+
+class CapturedRounds:
+    """Drafts and verifies on one cache of fixed addresses, for ``batch`` rows.
+
+    Args:
+        model: an enabled model; its attention function must be ours.
+        config, plan: how drafts are decoded.
+        capacity: tokens that the cache of a row holds, `room` for a draft behind its limit included.
+
+    Errors: `TidalError` as a `DecodeStep` has them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: TidalConfig,
+        plan: LayerPlan,
+        *,
+        batch: int,
+        capacity: int,
+    ) -> None:
+        self.model, self.config, self.plan = model, config, plan
+        self.batch, self.capacity = batch, capacity
+        self.reads = kv_reads(model, config, plan)
+        """Bytes that a draft reads, and full attention."""
+        self.draft = DecodeStep(model, config, plan, batch=batch, capacity=capacity)
+        self.ends = RowEnds.make(batch, model.device)
+        self._verify: dict[int, VerifyStep] = {}
+
+    @staticmethod
+    def room(config: TidalConfig) -> int:
+        """Columns that a draft may need behind the limit of its row."""
+        return max(MOST, 0 if config.draft_tokens == "auto" else config.draft_tokens) + 1
+
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`DecodeStep.prefill`; `begin` has to follow."""
+        return self.draft.prefill(ids, mask)
+
+    @torch.inference_mode()
+    def begin(self, newest: torch.Tensor, known: int, limit: int) -> None:
+        """Start, or start again, from prefilled rows of ``known - 1`` columns and ``newest [B, 1]``.
+
+        ``limit``: columns up to which tokens are wanted.
+
+        Errors: `TidalError` where drafts behind the limit would not fit.
+        """
+        if limit + self.room(self.config) > self.capacity:
+            raise TidalError(
+                f"limit: expected at most {self.capacity - self.room(self.config):,} tokens in a cache "
+                f"of {self.capacity:,}, which also holds a draft, got {limit:,}"
+            )
+        self.ends.known.fill_(known)
+        self.ends.newest.copy_(newest)
+        self.ends.limit.fill_(limit)
+        for verify in self._verify.values():
+            verify.starts.copy_(self.draft.starts)
+
+    @torch.inference_mode()
+    def launch(self, length: int) -> Round:
+        """Ask for a round with drafts of ``length`` tokens, 0 for a step of full attention.
+
+        Errors: `TidalError` for a model that cannot be captured, and when memory is short.
+        """
+        verify = self.prepare(length)
+        begin = self._mark()
+        verify.tokens[:, :1].copy_(self.ends.newest)
+        if length:
+            self.fill_draft(verify.tokens[:, 1:])
+        middle = self._mark()
+        verify.replay()
+        pinned = verify.verdict.is_cuda
+        verdict = torch.empty(verify.verdict.shape, dtype=torch.int64, pin_memory=pinned)
+        verdict.copy_(verify.verdict, non_blocking=pinned)
+        return Round(length, verdict, begin, middle, self._mark())
+
+    @torch.inference_mode()
+    def prepare(self, length: int) -> VerifyStep:
+        """Capture what a round with drafts of ``length`` tokens needs, and stand where it begins.
+
+        It may take a minute where steps are compiled first, which no clock of a round should see.
+        """
+        verify = self.verifier(length)
+        verify.prepare()
+        if length:
+            self.draft.place(self.ends.newest, self.ends.known)
+            self.draft.prepare()
+        return verify
+
+    def fill_draft(self, drafted: torch.Tensor) -> None:
+        """Draft the tokens after the newest ones, where `draft` stands, into ``drafted [B, length]``."""
+        for index in range(drafted.shape[1]):
+            self.draft.replay()
+            drafted[:, index].copy_(self.draft.tokens[:, 0])
+
+    def verifier(self, length: int) -> VerifyStep:
+        """The step that verifies drafts of ``length`` tokens; made when it is first asked for."""
+        found = self._verify.get(length)
+        if found is None:
+            found = VerifyStep(
+                self.model,
+                self.config,
+                self.plan,
+                self.ends,
+                length=length,
+                batch=self.batch,
+                capacity=self.capacity,
+            )
+            found.use_cache(self.draft.cache)
+            found.starts.copy_(self.draft.starts)
+            self._verify[length] = found
+        return found
+
+    def close(self) -> None:
+        """Give the memory of the graphs and the cache back."""
+        for verify in self._verify.values():
+            verify.close()
+        self._verify.clear()
+        self.draft.close()
+
+    def _mark(self) -> Mark:
+        if not self.ends.known.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+def _between(first: Mark, second: Mark) -> float:
+    """Seconds from one moment to the next."""
+    if isinstance(first, torch.cuda.Event):
+        assert isinstance(second, torch.cuda.Event)
+        return float(first.elapsed_time(second)) / 1e3
+    assert isinstance(second, float)
+    return second - first
