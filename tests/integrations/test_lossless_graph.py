@@ -283,6 +283,22 @@ def test_a_compiled_round_is_two_graphs_and_gives_the_same_tokens(monkeypatch):
     assert len(graphs) == 2
 
 
+@torch.inference_mode()
+def test_many_draft_lengths_can_be_compiled(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiler, "COMPILER", {"backend": "eager"})
+    # More lengths than torch compiles versions of one function.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    model, ids = build("Llama", num_hidden_layers=4), prompt(PROMPT)
+    settings = {**LOSSLESS, "draft_tokens": 10, "cuda_graph": "compiled", "select_layers": (2,)}
+    with tidaldecode.enable(model, **settings) as handle:
+        steps = CapturedRounds(model, handle.config, handle.plan, batch=1, capacity=128)
+        newest = steps.prefill(ids).argmax(-1, keepdim=True)
+        steps.begin(newest, PROMPT + 1, PROMPT + 60)
+        for length in range(4):
+            steps.launch(length).read()
+
+
 def test_rounds_are_kept_for_later_calls_and_given_back_after_a_failure():
     model = build("Llama")
     ids, mask = padded_batch()

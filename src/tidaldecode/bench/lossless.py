@@ -20,7 +20,7 @@ from tidaldecode.config import TidalConfig
 from tidaldecode.integrations.transformers import enable
 from tidaldecode.integrations.transformers.captured_rounds import CapturedRounds
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
-from tidaldecode.integrations.transformers.lossless_graph import RoundLoop, plain_rows
+from tidaldecode.integrations.transformers.lossless_graph import LENGTHS, RoundLoop, plain_rows
 from tidaldecode.integrations.transformers.settings import resolve_settings
 from tidaldecode.integrations.transformers.static_cache import FixedCache
 from tidaldecode.integrations.transformers.step_text import greedy_text, watched_text
@@ -100,7 +100,7 @@ def time_texts(
         for config in configs:
             settings, plan, _ = resolve_settings(model, handle.shape, config, {})
             trial = _Trial(model, settings, plan, dense, prompts, new_tokens)
-            trial.run(newest)
+            trial.warm_up(newest)
             full_ms, lasts, steadies = [], [], []
             for _ in range(repetitions):
                 full_ms.append(_time_dense(dense, newest, context, new_tokens))
@@ -160,6 +160,15 @@ class _Trial:
         self.rounds.draft.use_cache(dense.cache)
         self.prompts, self.new_tokens = prompts, new_tokens
         self.loop: RoundLoop | None = None
+
+    def warm_up(self, newest: torch.Tensor) -> None:
+        """Capture every draft length that may be chosen, and decode once."""
+        context, chosen = self.prompts.shape[1], self.rounds.config.draft_tokens
+        self.rounds.draft.resume(context)
+        self.rounds.begin(newest, context + 1, context + self.new_tokens)
+        for length in LENGTHS if chosen == "auto" else (chosen,):
+            self.rounds.prepare(length)
+        self.run(newest)
 
     def run(self, newest: torch.Tensor) -> tuple[torch.Tensor, float, float]:
         """The text ``[B, n]``, milliseconds a token until the last row is done, and while all run."""

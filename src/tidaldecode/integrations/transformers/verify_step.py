@@ -6,7 +6,9 @@ the draft wrote, decides what every row keeps, and leaves the rows' new ends whe
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +85,7 @@ class VerifyStep(DecodeStep):
         self._call = _decode_all
         if config.cuda_graph == "compiled":
             self._call = torch.compile(
-                _decode_all, dynamic=False, fullgraph=True, **compiler.COMPILER
+                _decode_of(length), dynamic=False, fullgraph=True, **compiler.COMPILER
             )
 
     def _step(self) -> None:
@@ -113,10 +115,7 @@ def _decode_all(
     mask: Any,
     forward: Forward,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits ``[B, T, vocabulary]`` after each of ``tokens [B, T]``, and the likeliest ``[B, T]``.
-
-    A function, so that all steps of a model share what is compiled.
-    """
+    """Logits ``[B, T, vocabulary]`` after each of ``tokens [B, T]``, and the likeliest ``[B, T]``."""
     output = model(
         tokens,
         past_key_values=cache,
@@ -127,3 +126,14 @@ def _decode_all(
     )
     logits: torch.Tensor = output.logits
     return logits, logits.argmax(-1)
+
+
+@functools.cache
+def _decode_of(length: int) -> FunctionType:
+    """`_decode_all` for drafts of one length; all steps of a model share what is compiled of it.
+
+    torch counts the versions that it compiles by a function's code, and takes only a few: batch sizes
+    are versions of a length, and lengths have code of their own.
+    """
+    code = _decode_all.__code__.replace(co_name=f"{_decode_all.__name__}_{length}")
+    return FunctionType(code, _decode_all.__globals__)
