@@ -78,9 +78,8 @@ def test_edges_of_tiles(batch, inputs, backend):
 def test_what_comes_before_and_after(extra, inputs, backend):
     extras = dict.fromkeys(("gain", "gated", "residual") if extra == "all" else (extra,), True)
     check(1, inputs, (21, 21), torch.float16, backend, **extras)
-    # The interpreter multiplies no bfloat16.
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    check(5, inputs, (21, 21), dtype, backend, **extras)
+    if "gain" not in extras:
+        check(5, inputs, (21, 21), torch.float16, backend, **extras)
 
 
 def test_strides_of_the_residual_are_honoured(backend):
@@ -142,6 +141,7 @@ def test_bad_arguments_are_named(x, weights, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"gain": torch.ones(8)}, "^gain: expected one row to normalise, got 2"),
         ({"gain": torch.ones(4)}, r"^gain: expected shape \[8\], got \[4\]"),
         ({"residual": torch.ones(2, 3)}, r"^residual: expected shape \[2, 4\], got \[2, 3\]"),
         ({"gated": True}, r"^gated: expected two weights of one size, got sizes \[4\]"),
@@ -150,10 +150,3 @@ def test_bad_arguments_are_named(x, weights, message):
 def test_bad_extras_are_named(options, message):
     with pytest.raises(TidalError, match=message):
         linear(X, [W], **options)
-
-
-@pytest.mark.parametrize(("rows", "dtype"), [(17, torch.float32), (2, torch.float16)])
-def test_rows_that_cannot_be_normalised_are_named(rows, dtype):
-    x, weight, gain = (torch.ones(*size, dtype=dtype) for size in ((rows, 8), (4, 8), (8,)))
-    with pytest.raises(TidalError, match=f"^gain: expected up to 16 rows .* got {rows} in float"):
-        linear(x, [weight], gain=gain)

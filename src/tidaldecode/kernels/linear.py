@@ -16,8 +16,6 @@ from tidaldecode.kernels.dispatch import resolve_backend
 
 MAX_ROWS = 64
 """Rows up to which reading the weights is nearly all that a product costs."""
-MAX_NORM_ROWS = 16
-"""Rows up to which normalising them in every program costs less than a launch."""
 MAX_WEIGHTS = 3
 """Weights of one launch: query, key and value."""
 
@@ -39,8 +37,8 @@ def linear(
 
     Args:
         weights: one to three, contiguous, of x's dtype; ``x`` has up to 64 rows.
-        gain: ``[K]``: RMS-normalise ``x`` with ``eps`` and this gain first (arXiv 1910.07467). Up to 16
-            rows, as every program normalises them anew; fp16, whose range is small, for one row only.
+        gain: ``[K]``: RMS-normalise ``x`` with ``eps`` and this gain first (arXiv 1910.07467). One row
+            only: several would be normalised by every program anew.
         gated: two weights of one size, gate and up: return ``silu(gate) * up [B, N]``
             (arXiv 2002.05202).
         residual: ``[B, sum(N_i)]``, or ``[B, N]`` where gated: added to the result.
@@ -55,11 +53,8 @@ def linear(
     ):
         if extra is not None:
             check_tensor(name, extra, shape, dtypes=(x.dtype,), device=x.device)
-    if gain is not None and not can_normalise(x.shape[0], x.dtype):
-        raise TidalError(
-            f"gain: expected up to {MAX_NORM_ROWS} rows to normalise, and one in float16, got "
-            f"{x.shape[0]} in {str(x.dtype).removeprefix('torch.')}"
-        )
+    if gain is not None and x.shape[0] > 1:
+        raise TidalError(f"gain: expected one row to normalise, got {x.shape[0]}")
     if resolve_backend(backend, x.device, dtype=x.dtype) == "triton":
         from tidaldecode.kernels.triton import linear as twin
 
@@ -73,11 +68,6 @@ def linear(
         products = [torch.nn.functional.silu(products[0]) * products[1]]
     out = torch.cat(products, 1)
     return out if residual is None else residual + out
-
-
-def can_normalise(rows: int, dtype: torch.dtype) -> bool:
-    """Whether `linear` takes a ``gain`` for so many rows."""
-    return rows == 1 or (rows <= MAX_NORM_ROWS and dtype is not torch.float16)
 
 
 def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], gated: bool) -> int:

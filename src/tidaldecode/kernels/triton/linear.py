@@ -48,8 +48,8 @@ def _linear_kernel(
         )  # fmt: skip
     else:
         result, other = _several_rows(
-            x, weight + offset, weight_1 + offset, gain, eps, row, batch, x_row, x_channel,
-            INPUTS, ROWS, BLOCK_OUT, BLOCK_IN, NORM, GATED, OVERLAP,
+            x, weight + offset, weight_1 + offset, row, batch, x_row, x_channel,
+            INPUTS, ROWS, BLOCK_OUT, BLOCK_IN, GATED, OVERLAP,
         )  # fmt: skip
     if GATED:
         result = result * tl.sigmoid(result) * other
@@ -107,12 +107,11 @@ def _one_row(
 
 @triton.jit
 def _several_rows(
-    x, at, other_at, gain, eps, row, batch, x_row, x_channel,
+    x, at, other_at, row, batch, x_row, x_channel,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-    NORM: tl.constexpr,
     GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -122,27 +121,16 @@ def _several_rows(
     rows = (row < batch)[:, None]
     sums = tl.zeros([ROWS, BLOCK_OUT], tl.float32)
     other_sums = sums
-    squares = tl.zeros([ROWS], tl.float32)
     for first in range(0, INPUTS, BLOCK_IN):
         now = first + channel
         inside = (now < INPUTS)[None, :]
         block = tl.load(at + now[None, :], mask=inside, other=0.0)
         source = x + row[:, None] * x_row + now[None, :] * x_channel
         value = tl.load(source, mask=rows & inside, other=0.0)
-        if NORM:
-            # Scaled when the sums are whole; till then values are as large as the input's.
-            wide = value.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            gains = tl.load(gain + now, mask=now < INPUTS, other=0.0).to(tl.float32)
-            value = (wide * gains[None, :]).to(value.dtype)
         sums = tl.dot(value, tl.trans(block), sums, input_precision="ieee")
         if GATED:
             block = tl.load(other_at + now[None, :], mask=inside, other=0.0)
             other_sums = tl.dot(value, tl.trans(block), other_sums, input_precision="ieee")
-    if NORM:
-        scale = tl.rsqrt(squares / INPUTS + eps)[:, None]
-        sums *= scale
-        other_sums *= scale
     return sums, other_sums
 
 
