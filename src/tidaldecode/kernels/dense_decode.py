@@ -1,8 +1,8 @@
 """dense_decode: the newest query of each sequence, or a few, against its whole cache; may score tokens.
 
 The PyTorch path walks the cache once, in chunks that stay in the processor's cache, with all query
-heads of a KV head, and all queries, in one product (KV heads are never repeated) and an online softmax
-over chunks (Milakov & Gimelshein, arXiv 1805.02867).
+heads of a KV head, and all queries, in one product (KV heads are never repeated). Chunks are merged by
+their largest logits and sums (Milakov & Gimelshein, arXiv 1805.02867).
 """
 
 from __future__ import annotations
@@ -150,10 +150,7 @@ def _dense_row(
     # Two buffers, not two a chunk: memory given back and taken anew costs a page fault a page.
     products = torch.empty(chunk * kv_heads * group, device=q.device)
     buffer = torch.empty((chunk if keep is None else length) * kv_heads * group, device=q.device)
-    out = torch.zeros_like(q)
-    peak = torch.full((kv_heads, group), -torch.inf, device=q.device)
-    total = torch.zeros_like(peak)
-    scored = []
+    outs, peaks, totals, scored = [], [], [], []
     for first in range(start, end, chunk):
         last = min(first + chunk, end)
         keys = layout.read_range(k, block_table, row, first, last).float()
@@ -168,27 +165,27 @@ def _dense_row(
             hidden = torch.arange(first, last, device=q.device) >= limits[:, None]
             weights.masked_fill_(hidden, -torch.inf)
         kept = weights.clone() if keep == "query_head_logits" else weights
-        chunk_peak = weights.amax(-1)
+        peak = weights.amax(-1)
         # One call, several times as fast as its parts. Its largest weight is 1 over the sum.
         torch.softmax(weights, -1, out=weights)
-        chunk_total = weights.amax(-1).reciprocal()
+        total = weights.amax(-1).reciprocal()
         if limits is not None:
             # A query may see nothing of a chunk: what came out of softmax is NaN then.
             unseen = limits <= first
             weights.masked_fill_(unseen[:, None], 0.0)
-            chunk_total.masked_fill_(unseen, 0.0)
-            chunk_peak.masked_fill_(unseen, torch.finfo(torch.float32).min)
-        new_peak = torch.maximum(peak, chunk_peak)
-        old_scale, new_scale = (peak - new_peak).exp(), (chunk_peak - new_peak).exp() * chunk_total
-        out = out * old_scale[..., None] + torch.bmm(weights, values) * new_scale[..., None]
-        total = total * old_scale + new_scale
-        peak = new_peak
+            total.masked_fill_(unseen, 0.0)
+            peak.masked_fill_(unseen, torch.finfo(torch.float32).min)
+        outs.append(torch.bmm(weights, values))
+        peaks.append(peak)
+        totals.append(total)
         if keep is not None:
-            scored.append((first, kept, chunk_peak + chunk_total.log()))
-    lse = peak + total.log()
-    if limits is not None:
-        total = torch.where(total > 0, total, 1.0)
-    return out / total[..., None], lse, scored
+            scored.append((first, kept, peak + total.log()))
+    highest = torch.stack(peaks).amax(0)
+    shares = (torch.stack(peaks) - highest).exp() * torch.stack(totals)
+    whole = shares.sum(0)
+    out = (torch.stack(outs) * shares[..., None]).sum(0)
+    seen = whole if limits is None else torch.where(whole > 0, whole, 1.0)
+    return out / seen[..., None], highest + whole.log(), scored
 
 
 def _cut(buffer: torch.Tensor, offset: int, shape: tuple[int, int, int]) -> torch.Tensor:
