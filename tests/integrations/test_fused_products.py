@@ -97,6 +97,10 @@ class Block(torch.nn.Module):
             first = self.gate(x)
             x.mul_(2)
             return first + self.up(x)
+        if self.variant == "in place operator":
+            first = self.gate(x)
+            x *= 2
+            return first + self.up(x)
         if self.variant == "broadcast sum":
             return self.gate(x) + torch.ones(8, dtype=x.dtype)
         gate, up = self.gate(x), self.up(x)
@@ -110,7 +114,8 @@ class Block(torch.nn.Module):
 @pytest.mark.parametrize(
     "variant",
     [
-        "as in a Llama", "power", "axis", "eps first", "plain gain", "in place", "gelu",
+        "as in a Llama", "power", "axis", "eps first", "plain gain", "in place",
+        "in place operator", "gelu",
         "gate read twice", "broadcast sum",
     ],
 )  # fmt: skip

@@ -32,8 +32,8 @@ def linear(
 ) -> torch.Tensor:
     """``x [B, K]`` times the transpose of each weight ``[N_i, K]``, side by side: ``[B, sum(N_i)]``.
 
-    Accumulation is fp32. In Triton the first bytes of the weights are read before the kernel that
-    makes ``x`` has ended, and what comes before and after the product is not rounded in between.
+    Accumulation is fp32. In Triton what comes before and after the product is not rounded in between;
+    for one row the first weights are read before the kernel that makes ``x`` has ended.
 
     Args:
         weights: one to three, contiguous, of x's dtype; ``x`` has up to 64 rows.

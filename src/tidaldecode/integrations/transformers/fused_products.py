@@ -46,6 +46,7 @@ def _result(
     return x.new_empty(*x.shape[:-1], outputs // 2 if gated else outputs)
 
 
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _STEP_LINEAR = torch.ops.tidaldecode.linear.default
 
 
@@ -190,11 +191,12 @@ def _ours(node: Node) -> bool:
         and x.numel() <= MAX_ROWS * x.shape[-1]
         and weight.is_contiguous()
         # A value that is changed in place is another one for a later product.
-        and not any(
-            user.op == "call_method" and str(user.target).endswith("_")
-            for user in _input(node).users
-        )
+        and not any(_changes_in_place(user) for user in _input(node).users)
     )
+
+
+def _changes_in_place(user: Node) -> bool:
+    return user.target in _IN_PLACE or (user.op == "call_method" and str(user.target).endswith("_"))
 
 
 def _input(node: Node) -> Node:
