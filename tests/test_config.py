@@ -56,6 +56,7 @@ def test_the_defaults_are_those_that_the_documentation_states():
         "mode": "sparse",
         "correct_every": None,
         "draft_tokens": "auto",
+        "draft_selection": "round",
         "cuda_graph": "auto",
     }
 
@@ -178,6 +179,8 @@ REFUSALS = [
         {"mode": "lossless", "correct_every": 8},
         r"^correct_every: expected None in lossless mode, .* got 8; leave it out",
     ),
+    ({"draft_selection": "token"}, r"^draft_selection: expected 'round' where nothing is drafted"),
+    ({"draft_selection": 2}, r"^draft_selection: expected 'round' or 'token', got 2"),
     ({"draft_tokens": 4}, r"^draft_tokens: expected 'auto' where nothing is drafted, got 4 with"),
     (
         {"correct_every": 8, "cuda_graph": "compiled"},

@@ -23,6 +23,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "mode": ("sparse", "lossless"),
     "backend": ("auto", "torch", "triton"),
     "cuda_graph": ("auto", "compiled", False),
+    "draft_selection": ("round", "token"),
 }
 _NOTES = ("model", "calibration")
 """What a calibration adds to the file: the model it is for, and how it was found."""
@@ -65,6 +66,9 @@ class TidalConfig:
     draft_tokens: int | Literal["auto"] = "auto"
     """Tokens drafted between two verifications, in lossless mode; ``"auto"`` follows the measured
     acceptance and costs."""
+    draft_selection: Literal["round", "token"] = "round"
+    """How often drafts select, in lossless mode: once for all tokens of a draft, which later ones attend
+    to in every layer, or for every token."""
     cuda_graph: Literal["auto", "compiled", False] = "auto"
     """Whether a decode step, or a round of greedy lossless decoding, runs as CUDA graphs on a GPU;
     ``"compiled"``: after torch.compile has fused the small operations of each step, which takes a minute
@@ -123,6 +127,11 @@ class TidalConfig:
             raise TidalError(
                 "draft_tokens: expected 'auto' where nothing is drafted, got "
                 f"{self.draft_tokens} with mode='sparse'; use mode='lossless'"
+            )
+        if not lossless and self.draft_selection != "round":
+            raise TidalError(
+                "draft_selection: expected 'round' where nothing is drafted, got "
+                f"{self.draft_selection!r} with mode='sparse'; use mode='lossless'"
             )
         if self.cuda_graph == "compiled" and self.correct_every is not None:
             raise TidalError(

@@ -3,7 +3,7 @@
 import pytest
 
 from tidaldecode import LayerPlan, TidalConfig
-from tidaldecode.algorithm.cost import full_kv_bytes_per_step, kv_bytes_per_step
+from tidaldecode.algorithm.cost import KVReads, full_kv_bytes_per_step, kv_bytes_per_step
 
 PLAN = LayerPlan.build(
     6, dense_layers=1, select_layers=(1,), full_attention=[True, True, True, False, True, True]
@@ -26,6 +26,20 @@ def test_sparse_layers_read_their_budget_once_for_each_set(granularity, sets):
 
 def test_a_budget_beyond_the_context_reads_the_context():
     assert read("shared", 5000) == 5 * 1000 * 2 * ROW
+
+
+def draft_reads(selection: str, index: int, **options) -> int:
+    config = TidalConfig(
+        budget=100, select_layers=(1,), mode="lossless", draft_selection=selection, **options
+    )
+    return KVReads(PLAN, config, 6, 2, 8, 2).draft(1000, index)
+
+
+def test_a_draft_that_selects_once_reads_little_after_its_first_token():
+    step = (2 * 1000 + 3 * 100) * 2 * ROW
+    assert [draft_reads("token", index) for index in (0, 1, 7)] == [step] * 3
+    later = [5 * (100 + index) * 2 * ROW for index in (1, 7)]
+    assert [draft_reads("round", index) for index in (0, 1, 7)] == [step, *later]
 
 
 def test_full_attention_reads_everything_in_every_planned_layer():

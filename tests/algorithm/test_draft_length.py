@@ -48,6 +48,17 @@ def test_it_finds_the_length_that_costs_and_acceptance_call_for(
     assert abs(chosen[-1] - best(acceptance, draft, verify, per_query)) <= 1
 
 
+def test_a_first_token_that_costs_more_makes_longer_drafts_cheaper_for_each_token():
+    def settle_on(first: float) -> int:
+        length = DraftLength()
+        for _ in range(60):
+            k = length.choose()
+            length.observe(k, [min(k, 6)] * 20, first + 0.1 * k if k else 0.0, 1.0)
+        return length.choose()
+
+    assert settle_on(0.0) < settle_on(2.0)
+
+
 def test_where_no_draft_pays_it_stops_and_tries_again_now_and_then():
     chosen = settle(0.3, 1.0, 1.0, 0.0, rounds=3 * PROBE_EVERY + 10)
     assert chosen.count(0) > 2.5 * PROBE_EVERY

@@ -40,19 +40,21 @@ def assert_equal_runs(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("family", "cache", "k"),
+    ("family", "cache", "k", "selection"),
     [
-        *(("Llama", cache, k) for cache in CACHES for k in (1, 3, 8, "auto")),
-        *((family, "dynamic", 3) for family in ("Qwen3", "GPTNeoX", "Mixtral")),
-        ("Qwen3", "static", 8),
+        *(("Llama", cache, k, "round") for cache in CACHES for k in (1, 3, 8, "auto")),
+        *((family, "dynamic", 3, "round") for family in ("Qwen3", "GPTNeoX", "Mixtral")),
+        ("Qwen3", "static", 8, "round"),
+        *(("Llama", cache, 3, "token") for cache in CACHES),
     ],
 )
-def test_a_padded_batch_gets_full_attentions_tokens_logits_and_cache(family, cache, k):
+def test_a_padded_batch_gets_full_attentions_tokens_logits_and_cache(family, cache, k, selection):
     model = build(family)
     ids, mask = padded_batch()
     options = {"attention_mask": mask, **CACHES[cache]}
     expected = generate(model, ids, TOKENS, **options)
-    with tidaldecode.enable(model, **LOSSLESS, draft_tokens=k) as handle:
+    settings = {**LOSSLESS, "draft_tokens": k, "draft_selection": selection}
+    with tidaldecode.enable(model, **settings) as handle:
         found = generate(model, ids, TOKENS, **options)
         stats = handle.stats()
     assert_equal_runs(found, expected)
@@ -257,8 +259,9 @@ def test_statistics_count_what_was_done():
     assert twice.tokens == 2 * (TOKENS - 1)
 
 
+@pytest.mark.parametrize(("selection", "alike"), [("token", 5), ("round", 1)])
 @caches
-def test_drafts_are_what_sparse_decoding_would_have_said(cache):
+def test_drafts_are_what_sparse_decoding_would_have_said(cache, selection, alike):
     model, seen = build("Llama"), []
 
     class Seen(SpeculativeSteps):
@@ -270,11 +273,12 @@ def test_drafts_are_what_sparse_decoding_would_have_said(cache):
     options = {"attention_mask": mask, **CACHES[cache]}
     with tidaldecode.enable(model, **SMALL):
         sparse = generate(model, ids, 7, **options)
-    with tidaldecode.enable(model, **LOSSLESS, draft_tokens=5) as handle:
+    settings = {**LOSSLESS, "draft_tokens": 5, "draft_selection": selection}
+    with tidaldecode.enable(model, **settings) as handle:
         handle.speculative_steps = Seen
         generate(model, ids, 7, **options)
-    found = torch.stack(seen[:5], dim=1)
-    torch.testing.assert_close(found, logits_of(sparse)[:, 1:6], atol=2e-4, rtol=2e-4)
+    found = torch.stack(seen[:alike], dim=1)
+    torch.testing.assert_close(found, logits_of(sparse)[:, 1 : alike + 1], atol=2e-4, rtol=2e-4)
 
 
 def test_arguments_may_be_given_in_order():

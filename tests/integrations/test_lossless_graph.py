@@ -94,14 +94,19 @@ def test_every_preset_drafts(name):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("budget", "k"), [(20, 4), (64, 2), (256, 8)])
-def test_the_trained_model_writes_the_same_text_for_mixed_lengths(trained, budget, k):
+@pytest.mark.parametrize(
+    ("budget", "k", "selection"),
+    [(20, 4, "round"), (64, 2, "round"), (64, 4, "token"), (256, 8, "round")],
+)
+def test_the_trained_model_writes_the_same_text_for_mixed_lengths(trained, budget, k, selection):
     model, text = trained
     rows = [text[None, start : start + n] for start, n in ((0, 1200), (3000, 500), (6000, 700))]
     ids, mask = left_padded(rows)
     options = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, **options)
-    settings = {"mode": "lossless", "budget": budget, "draft_tokens": k}
+    settings = {
+        "mode": "lossless", "budget": budget, "draft_tokens": k, "draft_selection": selection,
+    }  # fmt: skip
     with tidaldecode.enable(model, **settings) as handle:
         found = model.generate(ids, custom_generate=graph_generate, **options)
         captured = handle.stats()

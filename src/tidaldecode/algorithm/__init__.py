@@ -7,6 +7,14 @@ The dimension legend is in `tidaldecode.kernels`.
 """
 
 from tidaldecode.algorithm.attention import DecodeState, decode_attention
+from tidaldecode.algorithm.held import HeldSelections
 from tidaldecode.algorithm.plan import LayerPlan, Role, default_select_layers
 
-__all__ = ["DecodeState", "LayerPlan", "Role", "decode_attention", "default_select_layers"]
+__all__ = [
+    "DecodeState",
+    "HeldSelections",
+    "LayerPlan",
+    "Role",
+    "decode_attention",
+    "default_select_layers",
+]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tidaldecode.algorithm.held import HeldSelections
 from tidaldecode.algorithm.plan import LayerPlan, Role
 from tidaldecode.config import TidalConfig
 from tidaldecode.engine import OnScores
@@ -39,6 +40,10 @@ class DecodeState:
     """Sees the scores of every selection layer, for those who study them."""
     selection: Selection | None = field(default=None, init=False)
     """The last selection of this step."""
+    holds: HeldSelections | None = field(default=None, init=False)
+    """Where the selections of this step are kept for steps after it."""
+    follows: HeldSelections | None = field(default=None, init=False)
+    """Selections of an earlier step, which every planned layer attends to instead of its own role."""
     scratch: Scratch = field(default_factory=Scratch, init=False)
     """What the kernels of this step share."""
 
@@ -91,6 +96,11 @@ class DecodeState:
             scratch=self.scratch,
         )
 
+    def hold(self, layer: int) -> None:
+        """Keep the selection that ``layer`` has just made, where later steps want it."""
+        if self.holds is not None and self.selection is not None:
+            self.holds.hold(layer, self.selection, self.seq_lens)
+
 
 def decode_attention(
     q: torch.Tensor,
@@ -115,6 +125,8 @@ def decode_attention(
     state.move_to(q.device)
     if role is Role.HOST:
         raise TidalError(f"layer {layer}: expected a planned layer, got one that is the host's")
+    if state.follows is not None:
+        role, state.selection = Role.SPARSE, state.follows.at(layer).to(q.device)
     if role is Role.ESTIMATE:
         state.select(
             page_bound_scores(
@@ -163,6 +175,7 @@ def decode_attention(
             backend=config.backend,
             scratch=state.scratch,
         )
+        state.hold(layer)
         return found if out is None else out.copy_(found)
     found, _, scores = dense_decode(
         q,
@@ -178,6 +191,7 @@ def decode_attention(
     if scores is not None and state.on_scores is not None:
         state.on_scores(layer, scores)
         state.select(scores)
+        state.hold(layer)
     return found if out is None else out.copy_(found)
 
 

@@ -63,6 +63,22 @@ class KVReads:
             self.plan, self.config, query_heads=self.query_heads, **self._sizes(context)
         )
 
+    def draft(self, context: int, index: int) -> int:
+        """The same for token number ``index`` of a draft."""
+        if (
+            index == 0
+            or self.config.draft_selection == "token"
+            or not self.plan.layers(Role.SELECT)
+        ):
+            return self.sparse(context)
+        roles = tuple(Role.HOST if role is Role.HOST else Role.SPARSE for role in self.plan)
+        return kv_bytes_per_step(
+            LayerPlan(roles, preselected=True),
+            self.config.replace(budget=self.config.budget + index),
+            query_heads=self.query_heads,
+            **self._sizes(context),
+        )
+
     def full(self, context: int) -> int:
         """The same for full attention."""
         return full_kv_bytes_per_step(self.plan, **self._sizes(context))

@@ -13,6 +13,11 @@ _MEMORY = 0.9
 """Weight of a measurement one round later."""
 
 
+def longest_draft(draft_tokens: int | str) -> int:
+    """The most tokens that a draft may have with this setting of ``draft_tokens``."""
+    return MOST if draft_tokens == "auto" else max(MOST, int(draft_tokens))
+
+
 class DraftLength:
     """Chooses ``k``, tokens to draft, so that tokens per second are expected to be most.
 
@@ -28,7 +33,8 @@ class DraftLength:
     def __init__(self, fixed: int | None = None, choices: Sequence[int] = range(MOST + 1)) -> None:
         self.fixed, self.choices = fixed, choices
         self._kept, self._tried = 0.0, 0.0
-        self._draft_cost = _Line()
+        # The first token of a draft may cost more than the others: it may be the one that selects.
+        self._draft_cost = _Line(grows=True)
         self._verify_cost = _Line()
         self._idle = 0
 
@@ -54,7 +60,7 @@ class DraftLength:
         self._idle = 0 if drafted else self._idle + 1
         if not drafted:
             return
-        self._draft_cost.add(0, draft_seconds / drafted)
+        self._draft_cost.add(drafted, draft_seconds)
         self._kept = self._kept * _MEMORY + sum(accepted)
         self._tried = self._tried * _MEMORY + sum(min(kept + 1, drafted) for kept in accepted)
 
@@ -62,13 +68,19 @@ class DraftLength:
         """Expected tokens per second of a row with drafts of ``length`` tokens."""
         acceptance = self._kept / self._tried
         tokens = sum(acceptance**index for index in range(length + 1))
-        return tokens / (length * self._draft_cost.at(0) + self._verify_cost.at(length))
+        draft = self._draft_cost.at(length) if length else 0.0
+        return tokens / (draft + self._verify_cost.at(length))
 
 
 class _Line:
-    """A line through measurements, of which older ones count less."""
+    """A line through measurements, of which older ones count less.
 
-    def __init__(self) -> None:
+    Args:
+        grows: where all measurements were made at one place, a line from zero; a level one otherwise.
+    """
+
+    def __init__(self, grows: bool = False) -> None:
+        self._grows = grows
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float) -> None:
@@ -78,9 +90,12 @@ class _Line:
         )
 
     def at(self, x: float) -> float:
-        """The line's value; a level line where all measurements were made at one place."""
+        """The line's value."""
         mean_x, mean_y = self._x / self._n, self._y / self._n
         spread = self._xx / self._n - mean_x**2
-        slope = (self._xy / self._n - mean_x * mean_y) / spread if spread > 1e-9 else 0.0
+        if spread > 1e-9:
+            slope = (self._xy / self._n - mean_x * mean_y) / spread
+        else:
+            slope = mean_y / mean_x if self._grows and mean_x else 0.0
         # More queries never cost less; a fit that says so has seen noise.
         return max(mean_y + max(slope, 0.0) * (x - mean_x), mean_y * 1e-3, 1e-9)

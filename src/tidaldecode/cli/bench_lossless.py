@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tidaldecode.cli.common import (
     DeviceOption,
+    DraftSelectionOption,
     ModelOption,
     SelectLayersOption,
     load,
@@ -50,6 +51,7 @@ def lossless(
         list[float] | None,
         typer.Option(min=0.0, max=1.0, help="Imposed chance that a draft is kept; repeat it."),
     ] = None,
+    draft_selection: DraftSelectionOption = None,
     select_layers: SelectLayersOption = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode of each row.")] = 128,
     repetitions: Annotated[
@@ -78,7 +80,12 @@ def lossless(
     budgets = sorted(set(budget or [64 if shape is None else 512]))
     configs = [
         TidalConfig(
-            **overrides(budget=tokens, select_layers=select_layers, mode="lossless"),
+            **overrides(
+                budget=tokens,
+                select_layers=select_layers,
+                mode="lossless",
+                draft_selection=draft_selection,
+            ),
             cuda_graph="compiled" if compiled else "auto",
         )
         for tokens in budgets

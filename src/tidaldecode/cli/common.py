@@ -32,6 +32,13 @@ SelectLayersOption = Annotated[
     str | None,
     typer.Option("--select-layers", help="Layers that select tokens, such as 2,13; or auto."),
 ]
+DraftSelectionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-selection",
+        help="Lossless mode: drafts select once a round, or for every token (round, token).",
+    ),
+]
 GranularityOption = Annotated[
     str | None,
     typer.Option("--granularity", help="Tokens per layer: shared, kv_head or query_head sets."),
@@ -77,6 +84,7 @@ def overrides(
     recent_tokens: int | None = None,
     mode: str | None = None,
     draft_tokens: str | None = None,
+    draft_selection: str | None = None,
     correct_every: int | None = None,
 ) -> dict[str, Any]:
     """The settings that were given on the command line, by the names of `TidalConfig`."""
@@ -88,6 +96,7 @@ def overrides(
         "recent_tokens": recent_tokens,
         "mode": mode,
         "draft_tokens": parse_draft_tokens(draft_tokens),
+        "draft_selection": draft_selection,
         "correct_every": correct_every,
     }
     return {name: value for name, value in given.items() if value is not None}

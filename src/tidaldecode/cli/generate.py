@@ -12,6 +12,7 @@ import typer
 from tidaldecode.cli.common import (
     BudgetOption,
     DeviceOption,
+    DraftSelectionOption,
     DtypeOption,
     GranularityOption,
     ModelOption,
@@ -51,6 +52,7 @@ def generate(
     draft_tokens: Annotated[
         str | None, typer.Option(help="Tokens to draft in lossless mode: a number, or auto.")
     ] = None,
+    draft_selection: DraftSelectionOption = None,
     correct_every: Annotated[
         int | None,
         typer.Option(
@@ -85,6 +87,7 @@ def generate(
             recent_tokens=recent_tokens,
             mode=mode,
             draft_tokens=draft_tokens,
+            draft_selection=draft_selection,
             correct_every=correct_every,
         ),
     )

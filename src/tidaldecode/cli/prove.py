@@ -24,7 +24,8 @@ def prove(
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            help="TOKENS:BUDGET, such as 4:64 or auto:256, with :random for random drafts; repeat it."
+            help="TOKENS:BUDGET, such as 4:64 or auto:256; with :token drafts select for every token, "
+            "with :random they are random; repeat it."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 4,
@@ -101,18 +102,22 @@ def prove(
 
 
 def parse_draft(text: str) -> Any:
-    """``4:64``, ``auto:64`` or ``4:64:random``. Errors: `TidalError`."""
+    """``4:64``, ``auto:64``, ``4:64:token`` or ``4:64:random``. Errors: `TidalError`."""
     from tidaldecode.proof.equality import Draft
 
     tokens, _, rest = text.partition(":")
     budget, _, kind = rest.partition(":")
     known = tokens == "auto" or tokens.isdecimal()
-    if not known or not budget.isdecimal() or kind not in ("", "random"):
+    if not known or not budget.isdecimal() or kind not in ("", "random", "token"):
         raise TidalError(
-            f"draft: expected TOKENS:BUDGET such as 4:64, auto:64 or 4:64:random, got {text!r}"
+            "draft: expected TOKENS:BUDGET such as 4:64, auto:64, 4:64:token or 4:64:random, got "
+            f"{text!r}"
         )
     return Draft(
-        int(tokens) if tokens.isdecimal() else tokens, int(budget), random=kind == "random"
+        int(tokens) if tokens.isdecimal() else tokens,
+        int(budget),
+        random=kind == "random",
+        selection="token" if kind == "token" else "round",
     )
 
 

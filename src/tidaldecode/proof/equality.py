@@ -33,15 +33,23 @@ class Draft:
     budget: int
     random: bool = False
     """Whether random tokens take the place of the draft step's."""
+    selection: str = "round"
+    """`TidalConfig.draft_selection`."""
 
     @property
     def name(self) -> str:
-        """``k=4 N=64``, as results name it."""
-        return f"k={self.draft_tokens} N={self.budget}" + (" random" if self.random else "")
+        """``k=4 N=64 round``, as results name it."""
+        kind = " random" if self.random else ""
+        return f"k={self.draft_tokens} N={self.budget} {self.selection}{kind}"
 
     def settings(self, config: TidalConfig) -> TidalConfig:
         """``config`` with this draft."""
-        return config.replace(mode="lossless", budget=self.budget, draft_tokens=self.draft_tokens)
+        return config.replace(
+            mode="lossless",
+            budget=self.budget,
+            draft_tokens=self.draft_tokens,
+            draft_selection=self.selection,
+        )
 
 
 class RandomSteps(SpeculativeSteps):

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tidaldecode.algorithm import LayerPlan
-from tidaldecode.algorithm.draft_length import MOST
+from tidaldecode.algorithm import HeldSelections, LayerPlan
+from tidaldecode.algorithm.draft_length import longest_draft
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
+from tidaldecode.integrations.transformers.follow_step import FollowStep
 from tidaldecode.integrations.transformers.footprint import kv_reads
 from tidaldecode.integrations.transformers.verify_step import RowEnds, VerifyStep
 
@@ -81,13 +82,19 @@ class CapturedRounds:
         self.reads = kv_reads(model, config, plan)
         """Bytes that a draft reads, and full attention."""
         self.draft = DecodeStep(model, config, plan, batch=batch, capacity=capacity)
+        """The step of a draft's first token, or of all its tokens."""
+        self._held: HeldSelections | None = None
+        self._follow: FollowStep | None = None
+        if config.draft_selection == "round" and HeldSelections.serves(plan):
+            self._held = HeldSelections(plan, longest_draft(config.draft_tokens))
+            self.draft.hold_selections(self._held)
         self.ends = RowEnds.make(batch, model.device)
         self._verify: dict[int, VerifyStep] = {}
 
     @staticmethod
     def room(config: TidalConfig) -> int:
         """Columns that a draft may need behind the limit of its row."""
-        return max(MOST, 0 if config.draft_tokens == "auto" else config.draft_tokens) + 1
+        return longest_draft(config.draft_tokens) + 1
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """`DecodeStep.prefill`; `begin` has to follow."""
@@ -141,12 +148,23 @@ class CapturedRounds:
         if length:
             self.draft.place(self.ends.newest, self.ends.known)
             self.draft.prepare()
+        if length > 1 and self._held is not None:
+            self._prepare_follow(self._held)
         return verify
+
+    def _prepare_follow(self, held: HeldSelections) -> None:
+        """Capture the step of later tokens, which needs one to follow; the rows stay where they are."""
+        if self._follow is None or self._follow.cache is not self.draft.cache:
+            self.draft.replay()
+            self._follow = FollowStep(self.draft, held)
+            self._follow.prepare()
+            self.draft.place(self.ends.newest, self.ends.known)
 
     def fill_draft(self, drafted: torch.Tensor) -> None:
         """Draft the tokens after the newest ones, where `draft` stands, into ``drafted [B, length]``."""
         for index in range(drafted.shape[1]):
-            self.draft.replay()
+            step = self.draft if index == 0 or self._follow is None else self._follow
+            step.replay()
             drafted[:, index].copy_(self.draft.tokens[:, 0])
 
     def verifier(self, length: int) -> VerifyStep:
@@ -172,6 +190,9 @@ class CapturedRounds:
         for verify in self._verify.values():
             verify.close()
         self._verify.clear()
+        if self._follow is not None:
+            self._follow.close()
+            self._follow = None
         self.draft.close()
 
     def _mark(self) -> Mark:

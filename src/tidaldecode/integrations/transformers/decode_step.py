@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tidaldecode.algorithm import LayerPlan, Role
+from tidaldecode.algorithm import HeldSelections, LayerPlan, Role
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import ShortOfMemoryError, TidalError
 from tidaldecode.integrations.transformers import compiler
@@ -150,6 +150,17 @@ class DecodeStep:
                 f"{cache.capacity:,} tokens"
             )
         self.cache = self._layers.cache = cache
+
+    def share_rows(self, other: DecodeStep) -> None:
+        """Decode the rows of ``other`` from now on, on its cache and from where it stands."""
+        self.tokens, self.seq_lens, self.starts = other.tokens, other.seq_lens, other.starts
+        self._position_ids = other._position_ids
+        self._layers = StepLayers(self.config, self.plan, other.cache, self.seq_lens, self.starts)
+        self.use_cache(other.cache)
+
+    def hold_selections(self, held: HeldSelections) -> None:
+        """Leave the selections of every step in ``held``, for steps after it."""
+        self._layers.holds = held
 
     def close(self) -> None:
         """Give the memory of the graph and the cache back."""

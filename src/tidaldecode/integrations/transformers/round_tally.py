@@ -22,7 +22,7 @@ class RoundTally:
         self.tally = Tally()
         self._rows, self._starts, self._budget = rows, starts, reads.config.budget
         # Rows of a batch and rounds after each other ask for the same few hundred contexts.
-        self._drafted_bytes = functools.cache(reads.sparse)
+        self._drafted_bytes = functools.cache(reads.draft)
         self._full_bytes = functools.cache(reads.full)
 
     def fits(self, length: int) -> bool:
@@ -65,7 +65,9 @@ class RoundTally:
         tally.tokens += sum(taken[row] for row in running)
         for row in running:
             context = known[row] - self._starts[row]
-            tally.kv_bytes += sum(self._drafted_bytes(context + index) for index in range(length))
+            tally.kv_bytes += sum(
+                self._drafted_bytes(context + index, index) for index in range(length)
+            )
             tally.kv_bytes += self._full_bytes(context + length)
             tally.dense_kv_bytes += sum(
                 self._full_bytes(context + index) for index in range(taken[row])

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tidaldecode.algorithm import DecodeState
+from tidaldecode.algorithm import DecodeState, HeldSelections
+from tidaldecode.algorithm.draft_length import longest_draft
 from tidaldecode.integrations.transformers.attention import KEYWORD, Forward
 from tidaldecode.integrations.transformers.rewrite_cache import RewriteCache
 
@@ -39,6 +40,11 @@ class SpeculativeSteps:
     ) -> None:
         self._model, self._handle, self.cache = model, handle, cache
         self.starts, self._shift = starts.to(model.device), shift.to(model.device)
+        config, plan = handle.config, handle.plan
+        self._held: HeldSelections | None = None
+        if config.draft_selection == "round" and HeldSelections.serves(plan):
+            self._held = HeldSelections(plan, longest_draft(config.draft_tokens))
+        self._drafted = 0
 
     def draft(self, tokens: torch.Tensor, begins: torch.Tensor, longest: int) -> torch.Tensor:
         """Logits ``[B, V]`` fp32 after ``tokens [B, 1]``, by sparse attention.
@@ -53,12 +59,24 @@ class SpeculativeSteps:
             handle.config, handle.plan, lengths, self.starts.int(), width=width
         )
         forward.state.on_scores = handle.on_scores
+        self._select_once(forward.state)
         return self._run(forward, tokens, begins, longest)[:, -1]
 
     def verify(self, tokens: torch.Tensor, begins: torch.Tensor, longest: int) -> torch.Tensor:
-        """Logits ``[B, n, V]`` fp32 after each of ``tokens [B, n]``, by full attention."""
+        """Logits ``[B, n, V]`` fp32 after each of ``tokens [B, n]``, by full attention; ends a draft."""
+        self._drafted = 0
         forward = Forward(self._handle.config, self._handle.plan, dense=True)
         return self._run(forward, tokens, begins, longest)
+
+    def _select_once(self, state: DecodeState) -> None:
+        """Let the first step of a draft select for all, where that is wanted."""
+        held = self._held
+        if held is not None and self._drafted == 0:
+            state.holds = held
+        elif held is not None:
+            held.grow(state.seq_lens)
+            state.follows = held
+        self._drafted += 1
 
     def _run(
         self, forward: Forward, tokens: torch.Tensor, begins: torch.Tensor, longest: int

@@ -13,7 +13,13 @@ from contextvars import ContextVar
 
 import torch
 
-from tidaldecode.algorithm import DecodeState, LayerPlan, Role, decode_attention
+from tidaldecode.algorithm import (
+    DecodeState,
+    HeldSelections,
+    LayerPlan,
+    Role,
+    decode_attention,
+)
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.static_cache import FixedCache
@@ -40,6 +46,10 @@ class StepLayers:
     ) -> None:
         self.config, self.plan, self.cache = config, plan, cache
         self.seq_lens, self.starts = seq_lens, starts
+        self.holds: HeldSelections | None = None
+        """Where a step leaves its selections for steps after it."""
+        self.follows: HeldSelections | None = None
+        """Selections of an earlier step, which a step attends to."""
         self._scratch = Scratch()
         self._state: DecodeState | None = None
 
@@ -54,6 +64,7 @@ class StepLayers:
             width=self.cache.capacity,
             scratch=self._scratch,
         )
+        self._state.holds, self._state.follows = self.holds, self.follows
         token = _running.set(self)
         self.cache.step(True)
         try:

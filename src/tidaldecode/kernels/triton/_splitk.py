@@ -2,7 +2,8 @@
 
 Flash-Decoding's scheme. Merging in the last program to finish saves a launch, but made short splits
 slower: one program per KV head then merges what otherwise one per query head does. Logits are in
-units of log 2 throughout (exp2 is what the hardware has).
+units of log 2 throughout (exp2 is what the hardware has). The number of splits is an argument of the
+kernels, not a part of them: batches of every size would compile their own otherwise.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ _MERGED_SPLITS = 32
 
 @triton.jit
 def store_split(
-    acc, peak, total, split, number, kept, part_out, part_lse, out, lse,
-    SPLITS: tl.constexpr,
+    acc, peak, total, split, splits, number, kept, part_out, part_lse, out, lse,
+    SPLIT: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
 ):  # fmt: skip
-    """Store what one split found, or the result itself if it is the only split.
+    """Store what one of several splits found, or, without ``SPLIT``, the result itself.
 
     ``acc [ROWS, DP]`` unnormalised, ``peak, total [ROWS]``; ``number [ROWS]`` counts the heads of all
-    queries over the batch, of which those ``kept`` are real. Parts: ``part_out [numbers, SPLITS, D]``,
-    ``part_lse [numbers, SPLITS]``.
+    queries over the batch, of which those ``kept`` are real. Parts: ``part_out [numbers, splits, D]``,
+    ``part_lse [numbers, splits]``.
     """
     channel = tl.arange(0, DP)
     inside = kept[:, None] & (channel < D)[None, :]
@@ -43,27 +44,26 @@ def store_split(
     normal = acc / tl.where(full, total, 1.0)[:, None]
     lse2 = tl.where(full, peak + tl.log2(tl.where(full, total, 1.0)), float("-inf"))
     query = number.to(tl.int64)
-    if SPLITS == 1:
+    if not SPLIT:
         target = out + query[:, None] * D + channel[None, :]
         tl.store(target, normal.to(out.dtype.element_ty), mask=inside)
         tl.store(lse + query, lse2 * LN2, mask=kept)
     else:
-        slot = query * SPLITS + split
+        slot = query * splits + split
         tl.store(part_out + slot[:, None] * D + channel[None, :], normal, mask=inside)
         tl.store(part_lse + slot, lse2, mask=kept)
 
 
 @triton.jit
-def store_nothing(split, number, kept, part_lse, SPLITS: tl.constexpr, ROWS: tl.constexpr):
+def store_nothing(split, splits, number, kept, part_lse, ROWS: tl.constexpr):
     """Mark a split that has no tokens; its part of the output is never read."""
-    slot = number.to(tl.int64) * SPLITS + split
+    slot = number.to(tl.int64) * splits + split
     tl.store(part_lse + slot, tl.full([ROWS], float("-inf"), tl.float32), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    part_out, part_lse, out, lse,
-    SPLITS: tl.constexpr,
+    part_out, part_lse, out, lse, splits,
     AT_ONCE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -76,10 +76,10 @@ def _merge_kernel(
     peak = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([DP], tl.float32)
-    for first in tl.static_range(0, SPLITS, AT_ONCE):
+    for first in range(0, splits, AT_ONCE):
         split = first + tl.arange(0, AT_ONCE)
-        slot = query * SPLITS + split
-        part = tl.load(part_lse + slot, mask=split < SPLITS, other=float("-inf"))
+        slot = query * splits + split
+        part = tl.load(part_lse + slot, mask=split < splits, other=float("-inf"))
         there = part > float("-inf")
         new_peak = tl.maximum(peak, tl.max(part, 0))
         safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -135,8 +135,7 @@ class SplitOutputs:
             return
         head_dim = self.out.shape[-1]
         _merge_kernel[(self.lse.numel(),)](
-            self.part_out, self.part_lse, self.out, self.lse,
-            SPLITS=self.splits,
+            self.part_out, self.part_lse, self.out, self.lse, self.splits,
             AT_ONCE=min(_MERGED_SPLITS, triton.next_power_of_2(self.splits)),
             D=head_dim,
             DP=triton.next_power_of_2(head_dim),

@@ -23,10 +23,10 @@ from tidaldecode.kernels.triton._splitk import (
 from tidaldecode.kernels.triton.score_tokens import score_tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _dense_kernel(
     q, k, v, seq_lens, starts, block_table, out, lse, logits, part_out, part_lse,
-    scale, table_stride, block_size, logits_width,
+    scale, table_stride, block_size, logits_width, splits,
     q_row, q_query, q_head, q_channel,
     k_row, k_head, k_token, k_channel,
     v_row, v_head, v_token, v_channel,
@@ -40,10 +40,10 @@ def _dense_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(SPLITS * TILES, Hkv, B)``: one program attends to one stretch of one KV head's tokens.
+    """Grid ``(splits * TILES, Hkv, B)``: one program attends to one stretch of one KV head's tokens.
 
     A tile holds ``ROWS`` of the ``QUERIES * GROUP`` query heads that read the KV head. Where there are
     several tiles, those of one stretch run side by side and find its tokens in the GPU's cache.
@@ -57,7 +57,7 @@ def _dense_kernel(
         split = split // TILES
     end = tl.load(seq_lens + row)
     start = tl.load(starts + row) if PADDED else 0
-    stretch = tl.cdiv(tl.cdiv(end - start, BLOCK), SPLITS) * BLOCK
+    stretch = tl.cdiv(tl.cdiv(end - start, BLOCK), splits) * BLOCK
     lowest = start + split * stretch
     highest = tl.minimum(lowest + stretch, end)
     kept = lane < QUERIES * GROUP
@@ -72,8 +72,8 @@ def _dense_kernel(
         q_offsets = row.to(tl.int64) * q_row + (later * q_query + heads * q_head)[:, None]
         # A query sees no token that came after its own.
         limit = end - QUERIES + 1 + later
-    if (SPLITS > 1) & (lowest >= highest):
-        store_nothing(split, number, kept, part_lse, SPLITS, ROWS)
+    if SPLIT & (lowest >= highest):
+        store_nothing(split, splits, number, kept, part_lse, ROWS)
     else:
         channel = tl.arange(0, DP)
         query = tl.load(
@@ -120,8 +120,8 @@ def _dense_kernel(
             acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
             peak = new_peak
         store_split(
-            acc, peak, total, split, number, kept, part_out, part_lse, out, lse,
-            SPLITS, D, DP,
+            acc, peak, total, split, splits, number, kept, part_out, part_lse, out, lse,
+            SPLIT, D, DP,
         )  # fmt: skip
 
 
@@ -190,6 +190,7 @@ def attend(
         0 if block_table is None else block_table.stride(0),
         k.shape[1] if paged else 0,
         capacity,
+        splits,
         *(q.stride() if q.dim() == 4 else (q.stride(0), 0, q.stride(1), q.stride(2))),
         *cache_strides(k, paged),
         *cache_strides(v, paged),
@@ -203,7 +204,7 @@ def attend(
         D=head_dim,
         DP=padded_dim,
         BLOCK=block,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         num_warps=warps,
         num_stages=stages,
         **overlap(q.device),

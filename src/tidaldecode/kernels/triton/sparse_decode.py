@@ -19,10 +19,10 @@ from tidaldecode.kernels.triton._splitk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _sparse_kernel(
     q, k, v, positions, counts, whole_lens, block_table, out, lse, part_out, part_lse,
-    scale, table_stride, block_size, capacity, kv_heads,
+    scale, table_stride, block_size, capacity, kv_heads, splits,
     q_row, q_head, q_channel,
     k_row, k_head, k_token, k_channel,
     v_row, v_head, v_token, v_channel,
@@ -34,11 +34,11 @@ def _sparse_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SHARED_SET: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(SPLITS, H, B)``, H = max(R, Hkv): one program, one stretch of one head's selection."""
+    """Grid ``(splits, H, B)``, H = max(R, Hkv): one program, one stretch of one head's selection."""
     wait_for_predecessor(OVERLAP)
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
@@ -48,13 +48,13 @@ def _sparse_kernel(
     if WHOLE_ROWS:
         whole = tl.load(whole_lens + row)
         count = tl.where(whole > 0, whole, count)
-    stretch = tl.cdiv(tl.cdiv(count, BLOCK), SPLITS) * BLOCK
+    stretch = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
     lowest = split * stretch
     highest = tl.minimum(lowest + stretch, count)
     group = tl.arange(0, ROWS)
     number = (row * heads + head) * GROUP + group
-    if (SPLITS > 1) & (lowest >= highest):
-        store_nothing(split, number, group < GROUP, part_lse, SPLITS, ROWS)
+    if SPLIT & (lowest >= highest):
+        store_nothing(split, splits, number, group < GROUP, part_lse, ROWS)
     else:
         channel = tl.arange(0, DP)
         q_offsets = row.to(tl.int64) * q_row + (head * GROUP + group)[:, None] * q_head
@@ -98,8 +98,8 @@ def _sparse_kernel(
             acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
             peak = new_peak
         store_split(
-            acc, peak, total, split, number, group < GROUP, part_out, part_lse, out, lse,
-            SPLITS, D, DP,
+            acc, peak, total, split, splits, number, group < GROUP, part_out, part_lse, out, lse,
+            SPLIT, D, DP,
         )  # fmt: skip
 
 
@@ -136,6 +136,7 @@ def sparse_decode(
         k.shape[1] if paged else 0,
         layout.capacity(k, block_table),
         kv_heads,
+        splits,
         *q.stride(),
         *cache_strides(k, paged),
         *cache_strides(v, paged),
@@ -148,7 +149,7 @@ def sparse_decode(
         D=head_dim,
         DP=padded_dim,
         BLOCK=block,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         SHARED_SET=sets == 1,
         num_warps=warps,
         num_stages=stages,
