@@ -37,7 +37,7 @@ def losses(model, batch_size: int) -> dict[tuple[str, str], list[float]]:
         TASK, TransformersEngine(model), METHODS, RowStore(None, {}), batch_size=batch_size
     )
     assert len(rows) == 3 * len(METHODS)
-    assert all(row["step_ms"] > 0 for row in rows)
+    assert all(row["step_ms"] > 0 and row["mean_ms"] > 0 for row in rows)
     return {(row["key"], row["method"]): row["nll"] for row in rows}
 
 
@@ -106,7 +106,7 @@ def test_a_batch_measures_the_same(model, nll, batch_size):
 
 def rows_of(values: dict[str, dict[str, list[float]]]) -> list[dict]:
     return [
-        {"key": key, "method": method, "nll": nll, "step_ms": 2.0}
+        {"key": key, "method": method, "nll": nll, "step_ms": 2.0, "mean_ms": 3.0}
         for method, samples in values.items()
         for key, nll in samples.items()
     ]

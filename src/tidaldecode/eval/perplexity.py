@@ -26,7 +26,7 @@ DRIFT_BINS = 8
 
 @dataclass(frozen=True)
 class PerplexityTask:
-    """Measures the loss of passages. A row has ``nll``, nats for every decoded token, ``step_ms``."""
+    """Measures the loss of passages. A row has ``nll``, nats of every token, ``step_ms, mean_ms``."""
 
     passages: PassageSet
 
@@ -58,6 +58,8 @@ class PerplexityTask:
                     "method": method.name,
                     "nll": [round(value, 5) for value in values],
                     "step_ms": round(statistics.median(seconds) * 1e3, 3),
+                    # Corrections are a few long steps, which a median does not show.
+                    "mean_ms": round(statistics.fmean(seconds) * 1e3, 3),
                 }
                 for key, values in zip(samples, nll, strict=True)
             ]
@@ -78,9 +80,10 @@ def summarise_perplexity(rows: Sequence[Row], methods: Sequence[Method]) -> list
             "method": method.name,
             "nll": vars(mean_interval(means)),
             "perplexity": math.exp(statistics.fmean(means)),
-            "step_ms": statistics.median(
-                row["step_ms"] for row in rows if row["method"] == method.name
-            ),
+            **{
+                name: statistics.median(row[name] for row in rows if row["method"] == method.name)
+                for name in ("step_ms", "mean_ms")
+            },
         }
         if set(mine) <= set(full):
             base = statistics.fmean(statistics.fmean(full[key]) for key in mine)

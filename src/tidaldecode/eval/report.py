@@ -120,14 +120,19 @@ def report_perplexity(report: Report) -> list[dict[str, Any]]:
     lines = summarise_perplexity(report.rows, report.methods)
     report.table(
         f"Loss of text decoded after {report.context:,} tokens",
-        ["nats/token\n(95 % interval)", "perplexity", "more than full\n(%)", "step\n(ms)"],
+        [
+            "nats/token\n(95 % interval)",
+            "perplexity",
+            "more than full\n(%)",
+            "step (ms)\nmedian, mean",
+        ],
         [
             (
                 line["method"],
                 _interval(line["nll"], 4),
                 f"{line['perplexity']:.2f}",
                 _interval(line["extra_percent"], 2) if "extra_percent" in line else "-",
-                f"{line['step_ms']:.1f}",
+                f"{line['step_ms']:.1f}, {line['mean_ms']:.1f}",
             )
             for line in lines
         ],

@@ -139,7 +139,7 @@ class StepMaker:
     ) -> None:
         """Once, and never during a capture: compile the kernels for every number of rows.
 
-        Few rows are split over more programs, and every number of splits is another kernel.
+        Few rows are split over more programs, in smaller tiles and with more parts to merge.
         """
         if self.is_warm or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
