@@ -15,6 +15,7 @@ from tidaldecode.kernels import (
     dense_decode,
     dense_select,
     linear,
+    rms_norm,
     select_tokens,
     sparse_decode,
 )
@@ -88,3 +89,11 @@ def test_weights_are_multiplied(rows):
         for backend in ("torch", "triton")
     )
     torch.testing.assert_close(twin, plain, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("inputs", [600, 4096])
+def test_rows_are_normalised(inputs):
+    x = torch.randn(3, 2 * inputs, device="cuda", dtype=torch.bfloat16)[:, ::2]
+    gain = torch.rand(inputs, device="cuda", dtype=torch.bfloat16)
+    plain, twin = (rms_norm(x, gain, eps=1e-5, backend=backend) for backend in ("torch", "triton"))
+    torch.testing.assert_close(twin, plain)

@@ -23,6 +23,7 @@ from tidaldecode.kernels.dense_decode import dense_decode
 from tidaldecode.kernels.dense_select import dense_select
 from tidaldecode.kernels.linear import linear
 from tidaldecode.kernels.page_bounds import page_bound_scores
+from tidaldecode.kernels.rms_norm import rms_norm
 from tidaldecode.kernels.select_tokens import Selection, select_tokens
 from tidaldecode.kernels.sparse_decode import sparse_decode
 
@@ -34,6 +35,7 @@ __all__ = [
     "dense_select",
     "linear",
     "page_bound_scores",
+    "rms_norm",
     "select_tokens",
     "sparse_decode",
 ]
