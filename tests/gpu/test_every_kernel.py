@@ -16,6 +16,7 @@ from tidaldecode.kernels import (
     dense_select,
     linear,
     rms_norm,
+    rotate_append,
     select_tokens,
     sparse_decode,
 )
@@ -76,6 +77,28 @@ def test_a_token_is_appended():
     for row, last in enumerate(lens.tolist()):
         assert torch.equal(cache[:, row, :, last - 1], new[:, row])
     assert int(cache.count_nonzero()) == int(new.count_nonzero())
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_token_is_rotated_and_appended(tokens, normed):
+    caches = torch.zeros(2, 2, BATCH, KV_HEADS, 64, HEAD_DIM, device="cuda").bfloat16()
+    heads = (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    product = torch.randn(BATCH, tokens, sum(heads) * HEAD_DIM, device="cuda").bfloat16()
+    new = [
+        part.unflatten(-1, (-1, HEAD_DIM))
+        for part in product.split([HEAD_DIM * count for count in heads], -1)
+    ]
+    new += torch.randn(2, BATCH, tokens, HEAD_DIM, device="cuda").bfloat16()
+    lens = torch.tensor([tokens, 30, 64], dtype=torch.int32, device="cuda")
+    gains = torch.rand(2, HEAD_DIM, device="cuda").bfloat16() if normed else (None, None)
+    options = {"q_gain": gains[0], "k_gain": gains[1], "eps": 1e-5}
+    plain, twin = (
+        rotate_append(*cache, *new, lens, **options, backend=backend)
+        for cache, backend in zip(caches, ("torch", "triton"), strict=True)
+    )
+    torch.testing.assert_close(twin, plain, atol=0.1 if normed else 0, rtol=0)
+    torch.testing.assert_close(caches[1], caches[0], atol=0.1 if normed else 0, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -1,4 +1,4 @@
-"""How torch.compile builds a decode step: our norms and products, everything else fused by it."""
+"""How torch.compile builds a decode step: what our passes leave of it, fused as it likes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from tidaldecode.integrations.transformers.fused_norms import fuse_norms
 from tidaldecode.integrations.transformers.fused_products import fuse_products
+from tidaldecode.integrations.transformers.fused_rotations import fuse_rotations
 from tidaldecode.integrations.transformers.graph_forms import drop_whole_slices
 
 _OPTIONS = {"coordinate_descent_tuning": True}
@@ -17,7 +18,7 @@ _OPTIONS = {"coordinate_descent_tuning": True}
 
 
 def compile_step(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """A backend of torch.compile: its own, after our pass."""
+    """A backend of torch.compile: its own, after our passes."""
     fuse(graph)
     compiled: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=_OPTIONS)
     return compiled
@@ -26,7 +27,7 @@ def compile_step(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
 def fuse(module: GraphModule) -> None:
     """Rewrite ``module``, what torch.compile traced of a decode step, in place."""
     drop_whole_slices(module.graph)
-    for fuse_form in (fuse_norms, fuse_products):
+    for fuse_form in (fuse_norms, fuse_rotations, fuse_products):
         fuse_form(module.graph)
     module.graph.lint()
     module.recompile()
