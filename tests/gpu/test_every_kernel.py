@@ -15,6 +15,8 @@ from tidaldecode.kernels import (
     dense_decode,
     dense_select,
     linear,
+    rms_norm,
+    rotate_append,
     select_tokens,
     sparse_decode,
 )
@@ -77,6 +79,28 @@ def test_a_token_is_appended():
     assert int(cache.count_nonzero()) == int(new.count_nonzero())
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_token_is_rotated_and_appended(tokens, normed):
+    caches = torch.zeros(2, 2, BATCH, KV_HEADS, 64, HEAD_DIM, device="cuda").bfloat16()
+    heads = (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    product = torch.randn(BATCH, tokens, sum(heads) * HEAD_DIM, device="cuda").bfloat16()
+    new = [
+        part.unflatten(-1, (-1, HEAD_DIM))
+        for part in product.split([HEAD_DIM * count for count in heads], -1)
+    ]
+    new += torch.randn(2, BATCH, tokens, HEAD_DIM, device="cuda").bfloat16()
+    lens = torch.tensor([tokens, 30, 64], dtype=torch.int32, device="cuda")
+    gains = torch.rand(2, HEAD_DIM, device="cuda").bfloat16() if normed else (None, None)
+    options = {"q_gain": gains[0], "k_gain": gains[1], "eps": 1e-5}
+    plain, twin = (
+        rotate_append(*cache, *new, lens, **options, backend=backend)
+        for cache, backend in zip(caches, ("torch", "triton"), strict=True)
+    )
+    torch.testing.assert_close(twin, plain, atol=0.1 if normed else 0, rtol=0)
+    torch.testing.assert_close(caches[1], caches[0], atol=0.1 if normed else 0, rtol=0)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_weights_are_multiplied(rows):
     x = torch.randn(rows, 600, device="cuda", dtype=torch.bfloat16)
@@ -88,3 +112,11 @@ def test_weights_are_multiplied(rows):
         for backend in ("torch", "triton")
     )
     torch.testing.assert_close(twin, plain, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("inputs", [600, 4096])
+def test_rows_are_normalised(inputs):
+    x = torch.randn(3, 2 * inputs, device="cuda", dtype=torch.bfloat16)[:, ::2]
+    gain = torch.rand(inputs, device="cuda", dtype=torch.bfloat16)
+    plain, twin = (rms_norm(x, gain, eps=1e-5, backend=backend) for backend in ("torch", "triton"))
+    torch.testing.assert_close(twin, plain)

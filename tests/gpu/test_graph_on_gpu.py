@@ -18,7 +18,7 @@ from tidaldecode.kernels import Selection, dense_decode, dense_select, sparse_de
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 
-from runs import SMALL, left_padded
+from runs import SMALL, generate, left_padded, logits_of
 from tiny import build, prompt
 
 pytestmark = [
@@ -84,6 +84,20 @@ def test_families_agree_captured_and_compiled(family, mode):
         with tidaldecode.enable(model, **SMALL, cuda_graph=graph):
             outputs.append(run(model, ids, tokens=20))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_the_passes_fuse_in_half_precision_decodes_alike(family, rows):
+    model = build(family).cuda().bfloat16()
+    ids = torch.cat([prompt(24, seed=row) for row in range(rows)]).cuda()
+    logits = []
+    for graph in (False, "compiled"):
+        with tidaldecode.enable(model, budget=64, cuda_graph=graph):
+            # The second token is the first that a step decodes.
+            logits.append(logits_of(generate(model, ids, 2))[:, 1].float())
+    eager, compiled = logits
+    assert (compiled - eager).std() < 0.1 * eager.std()
 
 
 def test_one_graph_serves_every_length_and_a_longer_call_gets_a_larger_one(embedded):

@@ -288,12 +288,12 @@ def test_a_compiled_round_is_two_graphs_and_gives_the_same_tokens(monkeypatch):
     assert len(graphs) == 2
 
 
+# More lengths than torch compiles versions of one function. monkeypatch would leave it unset.
+@torch._dynamo.config.patch(recompile_limit=2)
 @torch.inference_mode()
 def test_many_draft_lengths_can_be_compiled(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(compiler, "COMPILER", {"backend": "eager"})
-    # More lengths than torch compiles versions of one function.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     model, ids = build("Llama", num_hidden_layers=4), prompt(PROMPT)
     settings = {**LOSSLESS, "draft_tokens": 10, "cuda_graph": "compiled", "select_layers": (2,)}
     with tidaldecode.enable(model, **settings) as handle:

@@ -6,7 +6,8 @@ selected sets per sequence (1, ``Hkv`` or ``Hq``).
 
 The contract that the kernels share (checked once, in `tidaldecode.kernels.contract`):
 
-- ``q [B, Hq, D]``: one query per sequence, RoPE applied. fp32, fp16 or bf16; accumulation is fp32.
+- ``q [B, Hq, D]``: one query per sequence, RoPE applied (`rotate_append` does that). fp32, fp16 or
+  bf16; accumulation is fp32.
 - ``k, v``: strided views ``[B, Hkv, S_max, D]``; or, with ``block_table [B, max_blocks]`` int32,
   paged views ``[num_blocks, block_size, Hkv, D]``. Strides are honoured; nothing is copied whole.
 - ``seq_lens [B]`` int32: the end of each row. ``starts [B]`` int32 or None: its first valid position
@@ -23,6 +24,8 @@ from tidaldecode.kernels.dense_decode import dense_decode
 from tidaldecode.kernels.dense_select import dense_select
 from tidaldecode.kernels.linear import linear
 from tidaldecode.kernels.page_bounds import page_bound_scores
+from tidaldecode.kernels.rms_norm import rms_norm
+from tidaldecode.kernels.rotate_append import rotate_append
 from tidaldecode.kernels.select_tokens import Selection, select_tokens
 from tidaldecode.kernels.sparse_decode import sparse_decode
 
@@ -34,6 +37,8 @@ __all__ = [
     "dense_select",
     "linear",
     "page_bound_scores",
+    "rms_norm",
+    "rotate_append",
     "select_tokens",
     "sparse_decode",
 ]

@@ -25,14 +25,7 @@ def append_token(
 
     Errors: `TidalError` naming the argument that breaks the contract.
     """
-    dims = 4 if getattr(k, "ndim", 3) == 4 else 3
-    check_tensor("k", k, (None,) * dims, dtypes=FLOAT_DTYPES, device=k.device)
-    batch, heads, head_dim = len(k), k.shape[-2], k.shape[-1]
-    check_tensor("v", v, tuple(k.shape), dtypes=(k.dtype,), device=k.device)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        shape = (batch, heads, None, head_dim)
-        check_tensor(name, cache, shape, dtypes=(k.dtype,), device=k.device)
-    check_rows(seq_lens, None, batch, k.device)
+    dims, (batch, heads, head_dim) = check_new_tokens(k_cache, v_cache, k, v, seq_lens)
     if resolve_backend(backend, k.device, head_dim=head_dim) == "triton":
         from tidaldecode.kernels.triton import append_token as twin
 
@@ -43,3 +36,25 @@ def append_token(
     places = seq_lens.long()[:, None] - count + torch.arange(count, device=k.device)
     k_cache[rows, :, places] = k.reshape(batch, count, heads, head_dim)
     v_cache[rows, :, places] = v.reshape(batch, count, heads, head_dim)
+
+
+def check_new_tokens(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> tuple[int, tuple[int, int, int]]:
+    """Check new keys and values and where they go; dimensions of ``k``, and ``(B, Hkv, D)``.
+
+    Errors: `TidalError` naming the argument that breaks the contract.
+    """
+    dims = 4 if getattr(k, "ndim", 3) == 4 else 3
+    check_tensor("k", k, (None,) * dims, dtypes=FLOAT_DTYPES, device=k.device)
+    batch, heads, head_dim = len(k), k.shape[-2], k.shape[-1]
+    check_tensor("v", v, tuple(k.shape), dtypes=(k.dtype,), device=k.device)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        shape = (batch, heads, None, head_dim)
+        check_tensor(name, cache, shape, dtypes=(k.dtype,), device=k.device)
+    check_rows(seq_lens, None, batch, k.device)
+    return dims, (batch, heads, head_dim)

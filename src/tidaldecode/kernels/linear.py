@@ -13,6 +13,7 @@ import torch
 from tidaldecode.errors import TidalError, check_tensor
 from tidaldecode.kernels.contract import FLOAT_DTYPES
 from tidaldecode.kernels.dispatch import resolve_backend
+from tidaldecode.kernels.rms_norm import normalise
 
 MAX_ROWS = 64
 """Rows up to which reading the weights is nearly all that a product costs."""
@@ -60,9 +61,7 @@ def linear(
 
         return twin.linear(x, weights, gain, eps, gated, residual, outputs)
     if gain is not None:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        x = gain * wide.to(x.dtype)
+        x = normalise(x, gain, eps)
     products = [torch.nn.functional.linear(x, weight) for weight in weights]
     if gated:
         products = [torch.nn.functional.silu(products[0]) * products[1]]

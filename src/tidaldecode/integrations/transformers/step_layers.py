@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,10 +24,20 @@ from tidaldecode.algorithm import (
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.static_cache import FixedCache
-from tidaldecode.kernels import append_token, dense_decode
+from tidaldecode.kernels import append_token, dense_decode, rotate_append
 from tidaldecode.kernels.scratch import Scratch
 
 _running: ContextVar[StepLayers] = ContextVar("the step that is running in this thread")
+
+
+class Rotation(NamedTuple):
+    """The rotary embedding of the newest queries and keys, by ``cos, sin [B, T, D]``."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    q_gain: torch.Tensor | None
+    k_gain: torch.Tensor | None
+    eps: float
 
 
 class StepLayers:
@@ -81,17 +92,37 @@ class StepLayers:
         layer: int,
         window: int | None,
         scale: float,
+        rotation: Rotation | None,
     ) -> torch.Tensor:
         """Cache the newest ``k, v [B, Hkv, D]`` and attend with ``q [B, Hq, D]``; returns its like.
 
-        Or the ``T`` newest: ``k, v [B, T, Hkv, D]``, ``q [B, T, Hq, D]``, by full attention.
+        Or the ``T`` newest: ``k, v [B, T, Hkv, D]``, ``q [B, T, Hq, D]``, by full attention. With a
+        ``rotation``, ``q`` and ``k`` are still to be rotated.
         """
         assert self._state is not None
         role = self.plan[layer]
         check_window(layer, role, window)
         filled = self.cache.layers[layer]
         backend = self.config.backend
-        append_token(filled.keys, filled.values, k, v, self.seq_lens, backend=backend)
+        caches = (filled.keys, filled.values)
+        if rotation is None:
+            append_token(*caches, k, v, self.seq_lens, backend=backend)
+        else:
+            angles = (*q.shape[:-2], q.shape[-1])
+            cos, sin = rotation.cos.reshape(angles), rotation.sin.reshape(angles)
+            q = rotate_append(
+                *caches,
+                q,
+                k,
+                v,
+                cos,
+                sin,
+                self.seq_lens,
+                q_gain=rotation.q_gain,
+                k_gain=rotation.k_gain,
+                eps=rotation.eps,
+                backend=backend,
+            )
         if q.dim() == 4:
             return self._verify(q, filled.keys, filled.values, layer, scale)
         if role is not Role.HOST:
@@ -155,18 +186,21 @@ def step_attention(
     layer: int,
     window: int | None,
     scale: float,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    q_gain: torch.Tensor | None = None,
+    k_gain: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> torch.Tensor:
-    """`StepLayers.attend` of the step that is running."""
-    return _running.get().attend(q, k, v, layer, window, scale)
+    """`StepLayers.attend` of the step that is running; from ``cos`` on, what `Rotation` holds."""
+    rotation = None if cos is None or sin is None else Rotation(cos, sin, q_gain, k_gain, eps)
+    return _running.get().attend(q, k, v, layer, window, scale, rotation)
 
 
 @step_attention.register_fake
-def _like_q(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layer: int,
-    window: int | None,
-    scale: float,
-) -> torch.Tensor:
+def _like_q(q: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+STEP_ATTENTION = torch.ops.tidaldecode.step_attention.default
+"""The operator in a graph."""
