@@ -1,13 +1,12 @@
 """The plugin on FlashAttention, with CUDA graphs: what no CPU can show. The embedded model, fp16.
 
-Batches of another size round otherwise, so where two runs part, the token that one took must have been
-all but as likely in the other. What is dense altogether must be equal.
+Batches of another size round otherwise, and a token at the edge of a selection may be in or out: where
+two runs part, the token that one took must have been all but as likely in the other. What is dense
+altogether must be equal.
 """
 
 from __future__ import annotations
 
-import gc
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ import torch
 
 pytest.importorskip("vllm.config", reason="needs vLLM")
 
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from engine_process import BUDGET, CHUNK, ENGINES, Job, Told, serve_all
 
 import tidaldecode
 from tidaldecode.demo import MODEL_DIRECTORY
@@ -28,31 +26,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-BUDGET, NEW, CHUNK, TIE = 64, 48, 512, 0.1
-GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
-ENGINES = {
-    "stock": (None, {"enforce_eager": True}),
-    "eager": ({"budget": BUDGET}, {"enforce_eager": True}),
-    "graph": ({"budget": BUDGET}, {"compilation_config": GRAPHS}),
-    "compiled": ({"budget": BUDGET}, {}),
-    "large eager": ({"budget": 8192}, {"enforce_eager": True}),
-    "large graph": ({"budget": 8192}, {"compilation_config": GRAPHS}),
-    "parts": (
-        {"budget": BUDGET, "granularity": "kv_head", "scratch_mib": 1},
-        {"compilation_config": GRAPHS},
-    ),
-    "whole": ({"budget": BUDGET, "granularity": "kv_head"}, {"compilation_config": GRAPHS}),
-    "mixed": ({"budget": BUDGET, "min_context": 1500}, {"compilation_config": GRAPHS}),
-}
-"""TidalDecode's options, None for FlashAttention alone, and the engine's."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """A row's greedy tokens, and the log-probabilities of the likeliest ones at each."""
-
-    tokens: list[int]
-    likely: list[dict[int, float]]
+NEW = 48
+TIE = 0.25
+"""Nats between two tokens that are all but as likely."""
 
 
 @pytest.fixture(scope="module")
@@ -69,67 +45,37 @@ def prompts(tokenizer) -> list[list[int]]:
     return [ids[600 * row : 600 * row + length] for row, length in enumerate(lengths)]
 
 
-def start(name: str) -> LLM:
-    options, engine = ENGINES[name]
-    ours = {"attention_backend": "FLASH_ATTN"}
-    if options is not None:
-        ours = {
-            "attention_backend": "CUSTOM",
-            "additional_config": {"tidaldecode": options},
-        }
-    return LLM(
-        str(MODEL_DIRECTORY),
-        dtype="float16",
-        max_model_len=4096,
-        max_num_seqs=8,
-        max_num_batched_tokens=CHUNK,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=1 << 30,
-        skip_tokenizer_init=True,
-        **ours,
-        **engine,
-    )
+@pytest.fixture(scope="module")
+def needles(tokenizer) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts that ask for needles, and the answers."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    source = Path(torch.__file__).with_name("functional.py").read_text(encoding="utf-8")
+    grid = NeedleGrid((1024, 3072), (0.1, 0.5, 0.9), samples=4)
+    haystack = Haystack.from_text(source, encode, tokenizer.decode)
+    task = NeedleTask(haystack, encode, tokenizer.decode, grid)
+    samples = [task.build(key) for key in task.keys()]
+    asked = [[*s.context_ids, *(t for t in s.script if t is not None)] for s in samples]
+    return asked, [list(s.answers[0].ids) for s in samples]
 
 
-def run(engine: LLM, prompts: list[list[int]], new_tokens: int = NEW) -> list[Told]:
-    params = SamplingParams(
-        max_tokens=new_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=8
-    )
-    found = engine.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
-    )
-    outputs = [one.outputs[0] for one in found]
-    return [
-        Told(
-            list(out.token_ids),
-            [{token: entry.logprob for token, entry in step.items()} for step in out.logprobs],
-        )
-        for out in outputs
-    ]
-
-
-_told: dict[str, list[Told]] = {}
+@pytest.fixture(scope="module")
+def said(prompts, needles) -> dict[str, list[list[Told]]]:
+    """What engines say: all to all prompts at once, two to each prompt alone, one to needles."""
+    asked, answers = needles
+    jobs: dict[str, list[Job]] = {name: [(prompts, NEW)] for name in ENGINES}
+    for name in ("eager", "graph"):
+        jobs[name] += [([prompt], NEW) for prompt in prompts]
+    jobs["graph"].append((asked, max(map(len, answers))))
+    return serve_all(jobs)
 
 
 @pytest.fixture
-def told(prompts):
-    """What an engine says to all prompts at once; every engine is started once."""
-
-    def of(name: str) -> list[Told]:
-        if name not in _told:
-            engine = start(name)
-            _told[name] = run(engine, prompts)
-            stop(engine)
-        return _told[name]
-
-    return of
-
-
-def stop(engine: LLM) -> None:
-    engine.llm_engine.engine_core.shutdown()
-    del engine
-    gc.collect()
-    cleanup_dist_env_and_memory()
+def told(said):
+    """What an engine says to all prompts at once."""
+    return lambda name: said[name][0]
 
 
 def parts_at(one: list[int], other: list[int]) -> int | None:
@@ -188,25 +134,14 @@ def test_rows_below_min_context_are_dense_beside_sparse_ones(told, prompts):
 
 
 @pytest.mark.parametrize("name", ["eager", "graph"])
-def test_prompts_alone_agree_with_prompts_in_a_batch(told, prompts, name):
+def test_prompts_alone_agree_with_prompts_in_a_batch(said, told, prompts, name):
     """In the batch prompts arrive in chunks while other rows decode; alone nothing is beside them."""
-    engine = start(name)
-    alone = [run(engine, [prompt])[0] for prompt in prompts]
-    stop(engine)
+    alone = [rows[0] for rows in said[name][1 : 1 + len(prompts)]]
     assert_agree(told(name), tokens(alone))
 
 
-def test_needles_are_found_as_in_transformers(tokenizer):
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    source = Path(torch.__file__).with_name("functional.py").read_text(encoding="utf-8")
-    grid = NeedleGrid((1024, 3072), (0.1, 0.5, 0.9), samples=4)
-    haystack = Haystack.from_text(source, encode, tokenizer.decode)
-    task = NeedleTask(haystack, encode, tokenizer.decode, grid)
-    samples = [task.build(key) for key in task.keys()]
-    asked = [[*s.context_ids, *(t for t in s.script if t is not None)] for s in samples]
-    answers = [s.answers[0].ids for s in samples]
+def test_needles_are_found_as_in_transformers(said, needles):
+    asked, answers = needles
     longest = max(map(len, answers))
     model, _ = load_model(MODEL_DIRECTORY, device="cuda", dtype="float16")
     expected = []
@@ -220,10 +155,7 @@ def test_needles_are_found_as_in_transformers(tokenizer):
                 pad_token_id=0,
             )
             expected.append(out[0, len(prompt) :].tolist())
-    del model
-    engine = start("graph")
-    found = run(engine, asked, longest)
-    stop(engine)
+    found = said["graph"][-1]
     right = [
         sum(told[: len(ids)] == ids for told, ids in zip(side, answers, strict=True))
         for side in (tokens(found), expected)

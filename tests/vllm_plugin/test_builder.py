@@ -8,12 +8,13 @@ pytest.importorskip("vllm.config", reason="make test-vllm installs vLLM")
 
 import torch
 import vllm
-from engines import serve
+from engines import generate, host_tokens, prompt, serve
 from test_step import MAX_ROWS, Batch, maker, starts
 from tidal_vllm_cpu.backend import TidalTorchBuilder
 
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.vllm import memory, mixins
+from tidaldecode.integrations.vllm.step import DecodeStep, StepMaker
 
 
 def builder() -> TidalTorchBuilder:
@@ -23,19 +24,19 @@ def builder() -> TidalTorchBuilder:
     return made
 
 
-def common(*lengths: int, prefilling: tuple[bool, ...] = ()) -> Bag:
-    """A batch of rows that decode, as the model runner describes it."""
+def common(*lengths: int, prefilling: tuple[bool, ...] = (), queries: int = 1) -> Bag:
+    """A batch of rows that decode, or prefill so many tokens, as the model runner describes it."""
     batch = Batch(*lengths)
     return Bag(
-        query_start_loc=starts(*(1 for _ in lengths)),
-        query_start_loc_cpu=starts(*(1 for _ in lengths)),
-        max_query_len=1,
+        query_start_loc=starts(*(queries for _ in lengths)),
+        query_start_loc_cpu=starts(*(queries for _ in lengths)),
+        max_query_len=queries,
         max_seq_len=max(lengths),
         seq_lens=batch.seq_lens,
         block_table_tensor=batch.block_table,
         is_prefilling=torch.tensor(prefilling, dtype=torch.bool),
         num_reqs=len(lengths),
-        num_actual_tokens=len(lengths),
+        num_actual_tokens=queries * len(lengths),
     )
 
 
@@ -60,10 +61,30 @@ def test_a_short_batch_refreshes_what_a_graph_reads():
     assert captured.state.whole_lens.tolist() == [0, 0]
 
 
-def test_the_first_batch_compiles_the_kernels_however_short_it_is():
+@pytest.mark.parametrize("batch", [common(6, 5), common(20, 19, queries=3)])
+def test_the_first_batch_compiles_the_kernels_whatever_it_is(batch):
     made = builder()
+    assert made.build(0, batch).tidal is None
     made._maker.is_warm = False
-    assert made.build(0, common(6, 5)).tidal is not None
+    assert made.build(0, batch).tidal.dense
+    assert not made.build(0, common(20, 19)).tidal.dense
+
+
+def test_an_engine_that_has_to_compile_first_decodes_the_same(monkeypatch):
+    """The budget is above every context: all is the dense backend's, the first batch as well."""
+    compiled = []
+    begin, prompts = StepMaker.__init__, [prompt(40, 1), prompt(9, 2)]
+
+    def cold(self, *args, **options):
+        begin(self, *args, **options)
+        self.is_warm = False
+        compiled.append(self)
+
+    monkeypatch.setattr(StepMaker, "__init__", cold)
+    monkeypatch.setattr(DecodeStep, "attend", lambda *_, **__: pytest.fail("not the dense backend"))
+    engine = serve({"budget": 512})
+    assert generate(engine, prompts, 8) == host_tokens(prompts, 8)
+    assert compiled and all(one.is_warm for one in compiled)
 
 
 @pytest.mark.skipif(

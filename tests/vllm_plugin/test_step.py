@@ -162,6 +162,7 @@ def test_compiling_for_every_number_of_rows_leaves_the_step_as_it_was(monkeypatc
     monkeypatch.setattr(
         cold, "begin", lambda lens, table: seen.append(len(lens)) or begin(lens, table)
     )
+    cold.warm_up(batch.q, batch.k, batch.v, step, 0.5)
     assert differs(batch.walk(step, 2), batch.dense()) == [True, False, True]
     assert seen == list(range(1, MAX_ROWS + 1)) and cold.is_warm
 

@@ -108,11 +108,12 @@ class TidalBuilderMixin:
         if maker is None:
             return None
         rows = count_decode_rows(common.query_start_loc_cpu, common.max_query_len)
-        if rows == 0:
+        if rows == 0 and maker.is_warm:
             return None
         step = maker.make(rows, common.seq_lens, common.block_table_tensor, common.is_prefilling)
-        if not self._captured and maker.is_warm and maker.is_dense(common.max_seq_len):
-            return None
+        if rows == 0 or (not self._captured and maker.is_dense(common.max_seq_len)):
+            step.dense = True
+            return None if maker.is_warm else step
         if rows < common.num_reqs:
             after = UBatchSlice(slice(rows, common.num_reqs), slice(rows, common.num_actual_tokens))
             (rest,) = split_attn_metadata([after], common)
@@ -193,7 +194,10 @@ class TidalImplMixin:
             memory.claim(query.device, work_memory(self._engine).claimed)
         step: DecodeStep | None = getattr(attn_metadata, "tidal", None)
         index = self.layer_index
-        if step is None or index is None or step.maker.plan[index] not in OURS:
+        if step is not None:
+            keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+            step.maker.warm_up(query, keys, values, step, self.scale)  # type: ignore[attr-defined]
+        if step is None or step.dense or index is None or step.maker.plan[index] not in OURS:
             return super().forward(  # type: ignore[misc,no-any-return]
                 layer,
                 query,
@@ -208,7 +212,6 @@ class TidalImplMixin:
         if output_scale is not None or output_block_scale is not None:
             raise TidalError("output_scale: expected None, got a scale; disable fused quantisation")
         rows = step.rows
-        keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
         out = output.view_as(query)[:rows]
         step.attend(query[:rows], keys, values, index, scale=self.scale, out=out)  # type: ignore[attr-defined]
         if step.rest is not None:

@@ -29,6 +29,8 @@ class DecodeStep:
     state: DecodeState
     rest: Any = None
     """The dense backend's metadata for the rows after ours, or None if there are none."""
+    dense: bool = False
+    """Whether all rows are the dense backend's; there is a step only to compile kernels first."""
 
     def attend(
         self,
@@ -46,7 +48,6 @@ class DecodeStep:
         rows at a time where its scores would need too much memory.
         """
         maker, at_once = self.maker, self.maker.rows_at_once
-        maker.warm_up(q, k, v, self.state, scale)
         if maker.plan[layer] is Role.SPARSE or self.rows <= at_once:
             decode_attention(q, k, v, layer, maker.plan, self.state, scale=scale, out=out)
             return
@@ -60,6 +61,11 @@ class DecodeStep:
             torch.cat([part.positions for part in found]),
             torch.cat([part.counts for part in found]),
         )
+
+    @property
+    def width(self) -> int:
+        """Blocks that a row may have."""
+        return self._table.shape[1]
 
     @property
     def _table(self) -> torch.Tensor:
@@ -135,7 +141,7 @@ class StepMaker:
         )
 
     def warm_up(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, like: DecodeState, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: DecodeStep, scale: float
     ) -> None:
         """Once, and never during a capture: compile the kernels for every number of rows.
 
@@ -144,12 +150,10 @@ class StepMaker:
         if self.is_warm or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self.is_warm = True
-        assert like.block_table is not None
         layers = (self.plan.layers(Role.SELECT)[0], *self.plan.layers(Role.SPARSE)[:1])
-        table = like.block_table[:1]
         for rows in range(1, min(_WARM_ROWS, self.rows_at_once, len(self._whole_lens)) + 1):
-            nothing = like.seq_lens.new_zeros(rows)
-            state = self.begin(nothing, torch.zeros_like(table.expand(rows, -1)))
+            nothing = step.state.seq_lens.new_zeros(rows)
+            state = self.begin(nothing, nothing.new_zeros(rows, step.width))
             state.whole_lens = nothing
             queries = q.new_zeros(rows, *q.shape[1:])
             for layer in layers:
