@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tidaldecode import TidalConfig, TidalError
+from tidaldecode.algorithm import chooser
 from tidaldecode.algorithm.speculation import Verdict
 from tidaldecode.demo import MODEL_DIRECTORY
 from tidaldecode.eval.haystack import standard_library_text
 from tidaldecode.eval.needle import Haystack
-from tidaldecode.integrations.transformers import lossless, verify_step
+from tidaldecode.integrations.transformers import verify_step
 from tidaldecode.integrations.transformers.loading import load_model
 from tidaldecode.kernels import dense_decode
 from tidaldecode.kernels.partition import other_partition
@@ -41,7 +42,7 @@ def test_a_draft_that_is_kept_unseen_is_found(trained, monkeypatch):
         tokens = torch.cat([drafted, choices[:, -1:]], dim=1)
         return Verdict(tokens, torch.full((len(drafted),), tokens.shape[1]))
 
-    monkeypatch.setattr(lossless, "accept_greedy", keep_all)
+    monkeypatch.setattr(chooser, "accept_greedy", keep_all)
     rows = list(compare_batch(model, prompts, [Draft(3, 20, random=True)], config, new_tokens=8))
     [line] = summarise(rows)
     assert line["equal"] == 0 and line["prompts"] == 2

@@ -70,7 +70,7 @@ class TidalConfig:
     """How often drafts select, in lossless mode: once for all tokens of a draft, which later ones attend
     to in every layer, or for every token."""
     cuda_graph: Literal["auto", "compiled", False] = "auto"
-    """Whether a decode step, or a round of greedy lossless decoding, runs as CUDA graphs on a GPU;
+    """Whether a decode step, or a round of lossless decoding, runs as CUDA graphs on a GPU;
     ``"compiled"``: after torch.compile has fused the small operations of each step, which takes a minute
     or so before the first one."""
 

@@ -43,7 +43,9 @@ def chi_square_excess(tokens: torch.Tensor, chances: torch.Tensor) -> float:
 
 def first_two(draft: torch.Tensor, dense: torch.Tensor, accept=accept_sampled):
     """The first two tokens of many rounds with one draft, whose places do not depend on history."""
-    noise = PlaceNoise(DRAWS, torch.device("cpu")).at([0] * DRAWS, 0, 2)
+    numbers = PlaceNoise(DRAWS, torch.device("cpu"))
+    numbers.reserve(2)
+    noise = numbers.at(torch.zeros(DRAWS, dtype=torch.int32), 0, 2)
     q, p = draft.expand(DRAWS, 1, -1), dense.expand(DRAWS, 2, -1)
     drafted = draw(q[:, 0], noise[:, 0, DRAFT])[:, None]
     verdict = accept(drafted, q, p, noise[:, :1, ACCEPT], noise[..., REDRAW])
@@ -147,6 +149,26 @@ def test_equal_distributions_keep_every_draft():
     assert counts.eq(2).all()
 
 
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 999))
+@settings(max_examples=50, deadline=None)
+def test_drafts_that_are_not_wanted_count_as_never_drafted(length, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.randint(0, length + 1, (batch,), generator=generator)
+    numbers = torch.rand(batch, length + 1, 3, generator=generator, dtype=torch.float64)
+    q = distributions(batch * length, 0.5, seed).view(batch, length, -1)
+    p = distributions(batch * (length + 1), 0.5, seed + 1).view(batch, length + 1, -1)
+    drafted = draw(q, numbers[:, :length, DRAFT])
+    noise = numbers[:, :length, ACCEPT], numbers[..., REDRAW]
+    verdict = accept_sampled(drafted, q, p, *noise, wanted=wanted)
+    for row, most in enumerate(wanted.tolist()):
+        one = slice(row, row + 1)
+        short = (drafted[one, :most], q[one, :most], p[one, : most + 1])
+        alone = accept_sampled(*short, noise[0][one, :most], noise[1][one, : most + 1])
+        assert verdict.counts[row] == alone.counts[0]
+        count = int(alone.counts[0])
+        assert torch.equal(verdict.tokens[row, :count], alone.tokens[0, :count])
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1 - 2**-53])
 def test_a_draw_never_takes_what_has_no_weight(noise):
     weights = torch.tensor([[0, 0.3, 0, 0.2, 0], [0, 0, 1e-30, 0, 0], [7, 0, 0, 0, 0]])
@@ -158,11 +180,15 @@ def test_noise_belongs_to_a_place_and_takes_one_number_of_the_random_state():
     torch.manual_seed(3)
     noise = PlaceNoise(2, torch.device("cpu"))
     after = torch.rand(1)
-    early = noise.at([0, 5], 0, 4)
-    noise.at([200, 7], 3, 9)
-    assert torch.equal(noise.at([0, 5], 0, 4), early)
-    assert torch.equal(noise.at([0, 4], 1, 3)[1], early[1, :3])
+    noise.reserve(9)
+    early = noise.at(torch.tensor([0, 5]), 0, 4)
+    noise.reserve(212)
+    noise.at(torch.tensor([200, 7]), 3, 9)
+    assert torch.equal(noise.at(torch.tensor([0, 5]), 0, 4), early)
+    assert torch.equal(noise.at(torch.tensor([0, 4]), 1, 3)[1], early[1, :3])
     assert early.min() >= 0 and early.max() < 1 and len(early.unique()) == early.numel()
     torch.manual_seed(3)
-    torch.randint(2**62, (), dtype=torch.int64)
+    at_once = PlaceNoise(2, torch.device("cpu"))
     assert torch.equal(torch.rand(1), after)
+    at_once.reserve(212)
+    assert torch.equal(at_once.at(torch.tensor([0, 5]), 0, 4), early)

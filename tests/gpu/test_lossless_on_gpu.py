@@ -7,15 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 import tidaldecode
 from tidaldecode import graph_generate
+from tidaldecode.algorithm.chooser import Chooser
 from tidaldecode.algorithm.parting import differences
+from tidaldecode.algorithm.speculation import PlaceNoise
 from tidaldecode.demo import MODEL_DIRECTORY
 from tidaldecode.integrations.transformers.captured_rounds import CapturedRounds, Round
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
 from tidaldecode.integrations.transformers.loading import load_model
 from tidaldecode.integrations.transformers.lossless_graph import RoundLoop, plain_rows
+from tidaldecode.integrations.transformers.processing import Processing
+from tidaldecode.integrations.transformers.round_choice import RoundChoice
 from tidaldecode.integrations.transformers.step_text import watched_text
 from tidaldecode.kernels import append_token, dense_decode
 from tidaldecode.proof.rounds import RandomRounds
@@ -86,7 +99,7 @@ def test_compiled_rounds_agree(family):
     assert torch.equal(found, expected)
 
 
-def test_sampling_and_processors_take_the_eager_loop(embedded):
+def test_processors_with_history_take_the_eager_loop(embedded):
     model, tokenizer = embedded
     ids = text(tokenizer, 300).cuda()
     options = {**OPTIONS, "max_new_tokens": 12, "repetition_penalty": 1.2}
@@ -98,13 +111,54 @@ def test_sampling_and_processors_take_the_eager_loop(embedded):
         assert sampled.shape == (1, 312) and not handle.rounds.clear()
 
 
-def test_a_round_asks_nothing_of_the_host_until_it_is_read(embedded):
+@pytest.mark.parametrize("selection", ["round", "token"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_sampled_rounds_give_the_eager_loops_text(embedded, k, selection):
     model, tokenizer = embedded
     ids, mask = mixed(tokenizer)
+    options = {**OPTIONS, "attention_mask": mask, "max_new_tokens": 40, "do_sample": True}
+    options |= {"temperature": 0.9, "top_k": 50, "top_p": 0.95}
+    settings = {"mode": "lossless", "budget": 64, "draft_tokens": k, "draft_selection": selection}
+    texts, states = [], []
+    for graph in (False, "auto", "auto"):
+        with tidaldecode.enable(model, **settings, cuda_graph=graph) as handle:
+            torch.manual_seed(7)
+            texts.append(model.generate(ids, **options))
+            states.append(torch.get_rng_state())
+            assert 0 < handle.stats().accepted < handle.stats().drafted
+            assert handle.rounds.clear() == (graph == "auto")
+    assert torch.equal(texts[1], texts[0]) and torch.equal(texts[2], texts[1])
+    assert torch.equal(states[1], states[0])
+
+
+def test_greedy_and_sampled_calls_share_the_steps(embedded):
+    model, tokenizer = embedded
+    ids, mask = mixed(tokenizer)
+    greedy = {**OPTIONS, "attention_mask": mask, "max_new_tokens": 20}
+    expected = model.generate(ids, **greedy)
+    sampled = []
+    with tidaldecode.enable(model, mode="lossless", budget=64, draft_tokens="auto"):
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, **greedy), expected)
+            sampled.append(model.generate(ids, **{**greedy, "do_sample": True}))
+    assert all(each.shape == expected.shape for each in sampled)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_round_asks_nothing_of_the_host_until_it_is_read(embedded, sampled):
+    model, tokenizer = embedded
+    ids, mask = mixed(tokenizer)
+    warpers = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)]
+    warpers += [MinPLogitsWarper(0.01), TypicalLogitsWarper(0.95), EpsilonLogitsWarper(1e-4)]
     with tidaldecode.enable(model, mode="lossless", budget=64, draft_tokens=4) as handle:
         rounds = CapturedRounds(model, handle.config, handle.plan, batch=3, capacity=1024)
         newest = rounds.prefill(ids, mask).argmax(-1, keepdim=True)
-        rounds.begin(newest, 901, 960)
+        choice = None
+        if sampled:
+            chooser = Chooser(PlaceNoise(3, model.device), 60)
+            processing = Processing(LogitsProcessorList(warpers))
+            choice = RoundChoice(chooser, processing, rounds.ends, 900)
+        rounds.begin(newest, 901, 960, choice)
         rounds.prepare(4)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

@@ -335,10 +335,21 @@ def on_gpu(monkeypatch):
     return calls
 
 
-ROUTED = {"greedy": {}, "a limit": {"max_length": 50}, "a text's end": {"eos_token_id": 5}}
+ROUTED = {
+    "greedy": {},
+    "a limit": {"max_length": 50},
+    "a text's end": {"eos_token_id": 5},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
+    "suppressed tokens": {"suppress_tokens": list(range(40, 60))},
+}
 LEFT = {
-    "sampling": {"do_sample": True},
     "repetition penalty": {"repetition_penalty": 1.3},
+    "sampling with history": {"do_sample": True, "no_repeat_ngram_size": 2},
+    "sampling with scores": {
+        "do_sample": True,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    },
     "a returned cache": {"return_dict_in_generate": True},
     "positions": {"position_ids": torch.arange(PROMPT)[None]},
     "a static cache": {"cache_implementation": "static", "disable_compile": True},
@@ -373,8 +384,8 @@ def test_steps_and_scores_of_ones_own_are_asked(on_gpu):
 @pytest.mark.parametrize(
     "options",
     [
-        {"do_sample": True},
         {"repetition_penalty": 1.3},
+        {"do_sample": True, "min_new_tokens": 2, "eos_token_id": 5},
         {"return_dict_in_generate": True, "output_logits": True},
     ],
 )
@@ -382,7 +393,7 @@ def test_what_cannot_be_captured_is_refused_where_it_was_asked_for(options):
     model = build("Llama")
     with (
         tidaldecode.enable(model, **LOSSLESS),
-        pytest.raises(TidalError, match=r"^custom_generate: expected a greedy generation without"),
+        pytest.raises(TidalError, match=r"^custom_generate: expected a generation without records"),
     ):
         generate(model, prompt(PROMPT), 4, **{**CAPTURED, **options})
 

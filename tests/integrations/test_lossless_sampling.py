@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import pytest
 import torch
 from lossless_runs import LOSSLESS
 from runs import generate
+from sampled_texts import PROMPT, SIGMAS, WARPERS, exact, excess, sample, surprise, tiny
 from tiny import build, prompt
-from transformers import LogitsProcessorList
 
 import tidaldecode
-from tidaldecode.algorithm.speculation import Verdict
-from tidaldecode.integrations.transformers import lossless
+from tidaldecode.algorithm import chooser
+from tidaldecode.algorithm.speculation import Verdict, accept_greedy
 from tidaldecode.integrations.transformers.speculative_steps import SpeculativeSteps
 from tidaldecode.proof.equality import RandomSteps
-
-VOCABULARY, PROMPT, TOKENS, ROWS = 5, 12, 4, 1500
-SIGMAS = 5.0
-ONES = torch.ones(1, PROMPT, dtype=torch.long)
-WARPERS = {
-    "plain": {"top_k": 0},
-    "top_k": {"temperature": 1.5, "top_k": 3},
-    "top_p": {"temperature": 0.8, "top_p": 0.8, "top_k": 0},
-    "min_p": {"min_p": 0.1, "top_k": 0},
-    "repetition": {"repetition_penalty": 1.3, "top_k": 0},
-}
 
 
 class SkewedSteps(SpeculativeSteps):
@@ -35,81 +21,6 @@ class SkewedSteps(SpeculativeSteps):
 
     def draft(self, *args):
         return super().draft(*args) + torch.tensor([1.5, -1.0, 0.0, 1.0, -1.5])
-
-
-def tiny(spread=0.25):
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 5}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return build("Llama", vocab_size=VOCABULARY, initializer_range=spread, **size, **heads)
-
-
-def ids():
-    return prompt(PROMPT) % VOCABULARY
-
-
-@torch.no_grad()
-def exact(model, **options) -> torch.Tensor:
-    """Chances of all continuations of `TOKENS` tokens, ``[V^TOKENS]``, by full attention alone."""
-    texts = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=TOKENS)))
-    whole = torch.cat([ids().expand(len(texts), -1), texts], dim=1)
-    logits = model(whole[:, :-1], use_cache=False).logits[:, PROMPT - 1 :].float()
-    processors = processors_of(model, **options)
-    chances = torch.ones(len(texts), dtype=torch.float64)
-    for at in range(TOKENS):
-        scores = processors(whole[:, : PROMPT + at], logits[:, at])
-        chances *= scores.softmax(-1).double().gather(1, texts[:, at, None])[:, 0]
-    return chances
-
-
-def processors_of(model, **options) -> LogitsProcessorList:
-    """Those that generate makes of ``options``."""
-    seen = []
-
-    def keep(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        seen.append(logits_processor)
-        return input_ids
-
-    settings = {"do_sample": True, "max_new_tokens": TOKENS, **options}
-    model.generate(ids(), attention_mask=ONES, custom_generate=keep, **settings)
-    return seen[0]
-
-
-def sample(model, rows=ROWS, seed=0, **options):
-    torch.manual_seed(seed)
-    batch = ids().expand(rows, -1)
-    settings = {"do_sample": True, "output_logits": False, **options}
-    mask = ONES.expand(rows, -1)
-    return generate(model, batch, TOKENS, attention_mask=mask, **settings).sequences
-
-
-def excess(sequences: torch.Tensor, chances: torch.Tensor) -> float:
-    """How far texts are from ``chances``, in standard deviations of chi-square; rare texts pooled."""
-    places = torch.tensor([VOCABULARY**n for n in reversed(range(TOKENS))])
-    texts = (sequences[:, PROMPT:] * places).sum(-1)
-    counts = torch.bincount(texts, minlength=len(chances)).double()
-    assert not counts[chances == 0].any()
-    expected = chances * len(texts)
-    common = expected >= 5
-    seen = torch.cat([counts[common], counts[~common].sum()[None]])
-    wanted = torch.cat([expected[common], expected[~common].sum()[None]])
-    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
-    statistic = float(((seen - wanted) ** 2 / wanted).sum())
-    freedom = len(wanted) - 1
-    assert freedom > 10
-    return (statistic - freedom) / math.sqrt(2 * freedom)
-
-
-def surprise(sequences: torch.Tensor, chances: torch.Tensor) -> float:
-    """How far the texts' mean log-likelihood is from its expectation, in standard errors.
-
-    It sees a distribution that is a little too sharp or too flat, which chi-square overlooks.
-    """
-    places = torch.tensor([VOCABULARY**n for n in reversed(range(TOKENS))])
-    logs = torch.where(chances > 0, chances, 1.0).log()
-    mean = float((chances * logs).sum())
-    variance = float((chances * (logs - mean) ** 2).sum())
-    found = float(logs[(sequences[:, PROMPT:] * places).sum(-1)].mean())
-    return abs(found - mean) / math.sqrt(variance / len(sequences))
 
 
 @pytest.mark.parametrize("name", WARPERS)
@@ -148,28 +59,28 @@ def test_plain_sampling_passes_the_same_test():
     assert excess(sample(model, top_k=0), exact(model, top_k=0)) < SIGMAS
 
 
-def keep_all(drafted, draft_probs, dense_probs, accept_noise, redraw_noise):
+def keep_all(drafted, draft_probs, dense_probs, *noise, wanted):
     last = dense_probs[:, -1].argmax(-1, keepdim=True)
     counts = torch.full((len(drafted),), drafted.shape[1] + 1)
     return Verdict(torch.cat([drafted, last], dim=1), counts)
 
 
-def without_residual(drafted, draft_probs, dense_probs, accept_noise, redraw_noise):
-    return lossless.accept_greedy(drafted, dense_probs.argmax(-1))
+def without_residual(drafted, draft_probs, dense_probs, *noise, wanted):
+    return accept_greedy(drafted, dense_probs.argmax(-1))
 
 
-def keeps_too_often(*args):
+def keeps_too_often(*args, wanted):
     *front, accept_noise, redraw_noise = args
-    return RIGHT_RULE(*front, accept_noise**2, redraw_noise)
+    return RIGHT_RULE(*front, accept_noise**2, redraw_noise, wanted=wanted)
 
 
-RIGHT_RULE = lossless.accept_sampled
+RIGHT_RULE = chooser.accept_sampled
 
 
 @pytest.mark.parametrize("rule", [keep_all, without_residual, keeps_too_often])
 def test_a_wrong_rule_is_seen(rule, monkeypatch):
     model = tiny()
-    monkeypatch.setattr(lossless, "accept_sampled", rule)
+    monkeypatch.setattr(chooser, "accept_sampled", rule)
     with tidaldecode.enable(model, **LOSSLESS, draft_tokens=2) as handle:
         handle.speculative_steps = SkewedSteps
         found = sample(model, top_k=0)

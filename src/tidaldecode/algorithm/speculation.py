@@ -7,7 +7,6 @@ keeps its own agreed prefix and one more token, which full attention chose. Levi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +30,27 @@ class PlaceNoise:
         self._generator.manual_seed(seed)
         self._numbers = torch.empty(batch, 0, 3, dtype=torch.float64, device=device)
 
-    def at(self, places: Sequence[int], first: int, length: int) -> torch.Tensor:
-        """``[B, length, 3]`` fp64: those of row ``b`` from place ``places[b] + first`` on."""
+    def reserve(self, places: int) -> None:
+        """Draw the numbers of the first ``places`` places, as far as that is still to be done."""
         batch, have, _ = self._numbers.shape
         device = self._numbers.device
-        while have < max(places) + first + length:
-            shape = (batch, _BLOCK, 3)
-            more = torch.rand(shape, generator=self._generator, dtype=torch.float64, device=device)
-            self._numbers = torch.cat([self._numbers, more], dim=1)
-            have += _BLOCK
-        begins = torch.tensor(places, device=device)[:, None] + first
-        index = begins + torch.arange(length, device=device)
+        # Block by block, so that a place's numbers do not depend on how many are reserved at once.
+        more = [
+            torch.rand(
+                (batch, _BLOCK, 3), generator=self._generator, dtype=torch.float64, device=device
+            )
+            for _ in range(have, places, _BLOCK)
+        ]
+        if more:
+            self._numbers = torch.cat([self._numbers, *more], dim=1)
+
+    def at(self, places: torch.Tensor, first: int, length: int) -> torch.Tensor:
+        """``[B, length, 3]`` fp64: those of row ``b`` from place ``places[b] + first`` on.
+
+        ``places [B]``: integers on the device, where the host need not know them. All that is asked
+        for must be reserved.
+        """
+        index = places.long()[:, None] + torch.arange(first, first + length, device=places.device)
         return self._numbers.gather(1, index[..., None].expand(-1, -1, 3))
 
 
@@ -72,6 +81,7 @@ def accept_sampled(
     dense_probs: torch.Tensor,
     accept_noise: torch.Tensor,
     redraw_noise: torch.Tensor,
+    wanted: torch.Tensor | None = None,
 ) -> Verdict:
     """Speculative rejection sampling (arXiv 2211.17192, section 2.3).
 
@@ -84,17 +94,22 @@ def accept_sampled(
         dense_probs: ``[B, k + 1, V]``, full attention's ``p`` at each place.
         accept_noise, redraw_noise: ``[B, k]`` and ``[B, k + 1]``, uniform in [0, 1) and independent of
             the draws of the drafts.
+        wanted: ``[B]`` int64, 0 to ``k``: what a row drafted behind so many tokens counts as never
+            drafted; by default all is wanted.
     """
     batch, length = drafted.shape
     at_draft = drafted[..., None]
     dense = dense_probs[:, :length].gather(-1, at_draft).squeeze(-1)
     draft = draft_probs.gather(-1, at_draft).squeeze(-1)
     kept = (accept_noise * draft < dense).long().cumprod(-1).sum(-1)
-    # Past the last draft q is nothing, and the residual is p itself.
-    nothing = torch.zeros_like(dense_probs[:, :1])
+    most = torch.full_like(kept, length) if wanted is None else wanted
+    kept = torch.minimum(kept, most)
     rows = torch.arange(batch, device=drafted.device)
-    chance = dense_probs[rows, kept]
-    residual = (chance - torch.cat([draft_probs, nothing], dim=1)[rows, kept]).clamp(min=0)
+    residual = chance = dense_probs[rows, kept]
+    if length:
+        # Past the last draft q is nothing, and the residual is p itself.
+        q = draft_probs[rows, kept.clamp(max=length - 1)]
+        residual = torch.where((kept < most)[:, None], (chance - q).clamp(min=0), chance)
     # Only rounding can reject a draft where p equals q; p is then right.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, chance)
     last = draw(residual, redraw_noise[rows, kept])

@@ -1,8 +1,9 @@
 """Rounds of lossless decoding that need nothing of the host: captured drafts, and a captured verdict.
 
-A round replays the sparse step for every drafted token and a `VerifyStep` once. Lengths, tokens and the
-acceptance stay on the device, so the next round can be asked for before the host has seen the last one;
-it looks once, when it reads a round's verdict. On a CPU the same steps run one by one.
+A round replays the sparse step for every drafted token and a dense step once. Greedy tokens are chosen
+within these graphs, all others behind them, by a `RoundChoice`. Lengths, tokens and the acceptance stay
+on the device, so the next round can be asked for before the host has seen the last one; it looks once,
+when it reads a round's verdict. On a CPU the same steps run one by one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
 from tidaldecode.integrations.transformers.follow_step import FollowStep
 from tidaldecode.integrations.transformers.footprint import kv_reads
-from tidaldecode.integrations.transformers.verify_step import RowEnds, VerifyStep
+from tidaldecode.integrations.transformers.round_choice import RoundChoice
+from tidaldecode.integrations.transformers.row_ends import RowEnds
+from tidaldecode.integrations.transformers.score_step import ScoreStep
+from tidaldecode.integrations.transformers.verify_step import VerifyStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +40,7 @@ class Round:
     length: int
     """Drafted tokens of every row."""
     verdict: torch.Tensor
-    """``[B, length + 2]`` int64 on the host: as a `VerifyStep` leaves it; void before the end."""
+    """``[B, length + 2]`` int64 on the host: as a `ScoreStep` leaves it; void before the end."""
     begin: Mark
     middle: Mark
     """Between the draft and the verification."""
@@ -89,7 +93,8 @@ class CapturedRounds:
             self._held = HeldSelections(plan, longest_draft(config.draft_tokens))
             self.draft.hold_selections(self._held)
         self.ends = RowEnds.make(batch, model.device)
-        self._verify: dict[int, VerifyStep] = {}
+        self._verify: dict[tuple[type[ScoreStep], int], ScoreStep] = {}
+        self._choice: RoundChoice | None = None
 
     @staticmethod
     def room(config: TidalConfig) -> int:
@@ -101,10 +106,14 @@ class CapturedRounds:
         return self.draft.prefill(ids, mask)
 
     @torch.inference_mode()
-    def begin(self, newest: torch.Tensor, known: int, limit: int) -> None:
+    def begin(
+        self, newest: torch.Tensor, known: int, limit: int, choice: RoundChoice | None = None
+    ) -> None:
         """Start, or start again, from prefilled rows of ``known - 1`` columns and ``newest [B, 1]``.
 
-        ``limit``: columns up to which tokens are wanted.
+        Args:
+            limit: columns up to which tokens are wanted.
+            choice: how tokens are chosen; by default the likeliest.
 
         Errors: `TidalError` where drafts behind the limit would not fit.
         """
@@ -116,6 +125,10 @@ class CapturedRounds:
         self.ends.known.fill_(known)
         self.ends.newest.copy_(newest)
         self.ends.limit.fill_(limit)
+        self._choice = choice
+        if choice is not None:
+            # A row at its limit still drafts, and stays.
+            choice.reserve(limit + self.room(self.config))
         for verify in self._verify.values():
             verify.starts.copy_(self.draft.starts)
 
@@ -128,17 +141,20 @@ class CapturedRounds:
         verify = self.prepare(length)
         begin = self._mark()
         verify.tokens[:, :1].copy_(self.ends.newest)
-        if length:
-            self.fill_draft(verify.tokens[:, 1:])
+        drafted = verify.tokens[:, 1:]
+        chances = self.fill_draft(drafted)
         middle = self._mark()
         verify.replay()
+        if self._choice is not None:
+            assert verify.logits is not None
+            verify.settle(self._choice.judge(drafted, chances, verify.logits))
         pinned = verify.verdict.is_cuda
         verdict = torch.empty(verify.verdict.shape, dtype=torch.int64, pin_memory=pinned)
         verdict.copy_(verify.verdict, non_blocking=pinned)
         return Round(length, verdict, begin, middle, self._mark())
 
     @torch.inference_mode()
-    def prepare(self, length: int) -> VerifyStep:
+    def prepare(self, length: int) -> ScoreStep:
         """Capture what a round with drafts of ``length`` tokens needs, and stand where it begins.
 
         It may take a minute where steps are compiled first, which no clock of a round should see.
@@ -160,18 +176,29 @@ class CapturedRounds:
             self._follow.prepare()
             self.draft.place(self.ends.newest, self.ends.known)
 
-    def fill_draft(self, drafted: torch.Tensor) -> None:
-        """Draft the tokens after the newest ones, where `draft` stands, into ``drafted [B, length]``."""
+    def fill_draft(self, drafted: torch.Tensor) -> list[torch.Tensor | None]:
+        """Draft the tokens after the newest ones, where `draft` stands, into ``drafted [B, length]``.
+
+        Returns what a `Chooser` gives beside each of them.
+        """
+        given: list[torch.Tensor | None] = []
         for index in range(drafted.shape[1]):
             step = self.draft if index == 0 or self._follow is None else self._follow
             step.replay()
-            drafted[:, index].copy_(self.draft.tokens[:, 0])
+            if self._choice is not None:
+                assert step.logits is not None
+                token, chances = self._choice.draft(step.logits, index)
+                step.tokens.copy_(token)
+                given.append(chances)
+            drafted[:, index].copy_(step.tokens[:, 0])
+        return given
 
-    def verifier(self, length: int) -> VerifyStep:
-        """The step that verifies drafts of ``length`` tokens; made when it is first asked for."""
-        found = self._verify.get(length)
+    def verifier(self, length: int) -> ScoreStep:
+        """The step for the verification of ``length`` drafts; made when it is first asked for."""
+        kind = VerifyStep if self._choice is None else ScoreStep
+        found = self._verify.get((kind, length))
         if found is None:
-            found = VerifyStep(
+            found = kind(
                 self.model,
                 self.config,
                 self.plan,
@@ -182,7 +209,7 @@ class CapturedRounds:
             )
             found.use_cache(self.draft.cache)
             found.starts.copy_(self.draft.starts)
-            self._verify[length] = found
+            self._verify[kind, length] = found
         return found
 
     def close(self) -> None:

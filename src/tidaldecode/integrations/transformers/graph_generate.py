@@ -54,7 +54,7 @@ def graph_generate(
     the same batch size. Results are those of plain ``generate``. transformers keeps ``streamer`` from
     callables, so new tokens go to ``token_streamer``.
 
-    In lossless mode drafts and verifications are captured (`lossless_graph`); greedy only.
+    In lossless mode drafts and verifications are captured (`lossless_graph`).
 
     Errors: `TidalError` for a model that is not enabled, a cache to continue, several GPUs in step,
     returned attentions or hidden states, and whatever a `DecodeStep` refuses.

@@ -18,17 +18,9 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from tidaldecode.algorithm.chooser import Chooser
 from tidaldecode.algorithm.draft_length import DraftLength
-from tidaldecode.algorithm.speculation import (
-    ACCEPT,
-    DRAFT,
-    REDRAW,
-    PlaceNoise,
-    Verdict,
-    accept_greedy,
-    accept_sampled,
-    draw,
-)
+from tidaldecode.algorithm.speculation import PlaceNoise, Verdict
 from tidaldecode.integrations.transformers.lossless_call import check_call, row_places
 from tidaldecode.integrations.transformers.processing import Processing
 from tidaldecode.integrations.transformers.ragged_rows import RaggedRows
@@ -104,16 +96,16 @@ class _Loop:
         fixed = handle.config.draft_tokens
         self.length = DraftLength(None if fixed == "auto" else fixed)
         self.counts = RoundTally(handle.reads, rows, steps.starts.tolist())
-        self._noise = PlaceNoise(len(rows.lengths), rows.device) if sample else None
+        noise = PlaceNoise(len(rows.lengths), rows.device) if sample else None
+        self._chooser = Chooser(noise, rows.capacity - rows.prompt)
 
     def run(self, logits: torch.Tensor) -> None:
         """Decode until generate's criteria end it; ``logits [B, V]`` are the prefill's."""
         rows = self.rows
         raw = logits[:, None].to(rows.device)
         scores = self.processing(raw, self._history(0), self._lengths(1))
-        first = self._judge(
-            torch.empty(len(raw), 0, dtype=torch.long, device=raw.device), [], scores
-        ).tokens
+        nothing = torch.empty(len(raw), 0, dtype=torch.long, device=raw.device)
+        first = self._judge(nothing, [], scores, self._places(1)).tokens
         rows.extend(first.tolist(), [1] * len(first), raw, scores)
         while rows.settle():
             self._round()
@@ -126,20 +118,21 @@ class _Loop:
         begins = torch.tensor(ends, device=rows.device)
         longest = max(ends)
         history = self._history(length)
+        places = self._places(length + 1)
         tokens = [rows.newest()]
-        draft_probs = []
+        chances = []
         for index in range(length):
             logits = self.steps.draft(tokens[-1], begins + index, longest + index)
             scores = self.processing(logits[:, None], history, self._lengths(1, index))[:, 0]
-            token, probs = self._choose(scores, index)
-            draft_probs.append(probs)
-            tokens.append(token)
-            self._note(history, token, index)
+            token, drawn_by = self._chooser.draft(scores, places, index)
+            chances.append(drawn_by)
+            tokens.append(self._pad_ended(token))
+            self._note(history, tokens[-1], index)
         drafted = torch.cat(tokens, dim=1)
         middle = self._clock()
         raw = self.steps.verify(drafted, begins, longest)
         scores = self.processing(raw, history, self._lengths(length + 1))
-        verdict = self._judge(drafted[:, 1:], draft_probs, scores)
+        verdict = self._judge(drafted[:, 1:], chances, scores, places)
         table = torch.cat([verdict.tokens, verdict.counts[:, None]], dim=1).tolist()
         known, running = list(rows.lengths), self.counts.running()
         taken = rows.extend([row[:-1] for row in table], [row[-1] for row in table], raw, scores)
@@ -152,33 +145,19 @@ class _Loop:
         length = min(self.length.choose(), self.rows.room() - 1)
         return 0 if self.counts.fits(length) else length
 
-    def _choose(self, scores: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft number ``index`` of every row, ``[B, 1]``, and its chances ``[B, V]``."""
-        if self._noise is None:
-            token, probs = scores.argmax(-1), scores
-        else:
-            probs = scores.softmax(-1)
-            token = draw(probs, self._noise.at(self._places(), index, 1)[:, 0, DRAFT])
-        return self._pad_ended(token[:, None]), probs
-
     def _judge(
-        self, drafted: torch.Tensor, draft_probs: list[torch.Tensor], scores: torch.Tensor
+        self,
+        drafted: torch.Tensor,
+        chances: list[torch.Tensor | None],
+        scores: torch.Tensor,
+        places: torch.Tensor,
     ) -> Verdict:
         """What every row keeps of its draft."""
-        length = drafted.shape[1]
-        if self._noise is None:
-            verdict = accept_greedy(drafted, scores.argmax(-1))
-        else:
-            chances = scores.softmax(-1)
-            noise = self._noise.at(self._places(), 0, length + 1)
-            drafts = torch.stack(draft_probs, dim=1) if length else chances[:, :0]
-            verdict = accept_sampled(
-                drafted, drafts, chances, noise[:, :length, ACCEPT], noise[..., REDRAW]
-            )
+        verdict = self._chooser.judge(drafted, chances, scores, places)
         if not any(self.rows.ended):
             return verdict
         ended = torch.tensor(self.rows.ended, device=verdict.counts.device)
-        counts = torch.where(ended, length + 1, verdict.counts)
+        counts = torch.where(ended, scores.shape[1], verdict.counts)
         return Verdict(self._pad_ended(verdict.tokens), counts)
 
     def _pad_ended(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -188,13 +167,18 @@ class _Loop:
         ended = torch.tensor(self.rows.ended, device=tokens.device)
         return torch.where(ended[:, None], self.rows.pad, tokens)
 
-    def _places(self) -> list[int]:
-        """For every row, how many new tokens it has; of ended ones nothing more is asked."""
+    def _places(self, count: int) -> torch.Tensor:
+        """``[B]``: how many new tokens every row has, 0 for ended ones, of which no more is asked.
+
+        Random numbers are there for ``count`` places from each of them on.
+        """
         rows = self.rows
-        return [
+        places = [
             0 if ended else known - rows.prompt
             for known, ended in zip(rows.lengths, rows.ended, strict=True)
         ]
+        self._chooser.reserve(max(places) + count)
+        return torch.tensor(places, device=rows.device)
 
     def _lengths(self, count: int, first: int = 0) -> list[list[int]]:
         """For every row, the tokens before each of the next positions, from number ``first`` on."""

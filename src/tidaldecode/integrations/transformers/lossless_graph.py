@@ -1,8 +1,8 @@
-"""Greedy lossless decoding in captured rounds: the device drafts, verifies and goes on by itself.
+"""Lossless decoding in captured rounds: the device drafts, verifies and goes on by itself.
 
 The host follows one round behind, with the rows of the eager loop: it shows tokens to streamers and
-stopping criteria, pads rows that have ended, and says when all is done. Sampling, processors, records
-and caches of one's own take the eager loop, `lossless_generate`.
+stopping criteria, pads rows that have ended, and says when all is done. Processors that look at the
+tokens before, records and caches of one's own take the eager loop, `lossless_generate`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from tidaldecode.algorithm.chooser import Chooser
 from tidaldecode.algorithm.draft_length import DraftLength
+from tidaldecode.algorithm.speculation import PlaceNoise
 from tidaldecode.errors import TidalError
 from tidaldecode.integrations.transformers.captured_rounds import CapturedRounds, Round
 from tidaldecode.integrations.transformers.lossless import lossless_generate
 from tidaldecode.integrations.transformers.lossless_call import check_call
+from tidaldecode.integrations.transformers.processing import Processing, beyond_scores
 from tidaldecode.integrations.transformers.ragged_rows import RaggedRows
+from tidaldecode.integrations.transformers.round_choice import RoundChoice
 from tidaldecode.integrations.transformers.round_tally import RoundTally
 
 if TYPE_CHECKING:
@@ -48,7 +52,7 @@ def captured_generate(
     synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """`lossless_generate`, in captured rounds where this call is greedy and has no processors."""
+    """`lossless_generate`, in captured rounds wherever there are such for this call."""
     obstacle = _obstacle(logits_processor, generation_config)
     loop = lossless_generate if obstacle else require_captured
     return loop(
@@ -74,9 +78,10 @@ def require_captured(
     synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """Greedy `lossless_generate` in captured rounds; steps are kept for later calls of the batch size.
+    """`lossless_generate` in captured rounds; steps are kept for later calls of the batch size.
 
-    Errors: `TidalError` for sampling, processors and records, and as `lossless_generate`.
+    Errors: `TidalError` for records and for processors that look at more than the scores, and as
+    `lossless_generate`.
     """
     from tidaldecode.integrations.transformers.handle import enabled_handle
 
@@ -84,14 +89,19 @@ def require_captured(
     check_call(handle.config, input_ids, generation_config, model_kwargs, synced_gpus)
     if obstacle := _obstacle(logits_processor, generation_config):
         raise TidalError(
-            f"custom_generate: expected a greedy generation without processors or records, got "
-            f"{obstacle}, which captured rounds do not have; leave custom_generate out"
+            "custom_generate: expected a generation without records, and without processors that look "
+            f"at more than the scores, got {obstacle}, which captured rounds do not have; leave "
+            "custom_generate out"
         )
+    # Once for all attempts: a call takes one number from torch's random state.
+    noise = PlaceNoise(len(input_ids), model.device) if generation_config.do_sample else None
     mask = model_kwargs.get("attention_mask")
     run = functools.partial(
         _generate,
         handle,
         input_ids,
+        noise,
+        Processing(logits_processor),
         stopping_criteria,
         generation_config,
         token_streamer,
@@ -105,10 +115,8 @@ def require_captured(
 
 def _obstacle(processors: LogitsProcessorList, config: GenerationConfig) -> str:
     """Why a call cannot be captured, or nothing."""
-    if config.do_sample:
-        return "sampling"
-    if processors:
-        return type(processors[0]).__name__
+    if names := beyond_scores(processors):
+        return names[0]
     records = config.return_dict_in_generate and (config.output_scores or config.output_logits)
     return "output_scores or output_logits" if records else ""
 
@@ -116,6 +124,8 @@ def _obstacle(processors: LogitsProcessorList, config: GenerationConfig) -> str:
 def _generate(
     handle: TidalHandle,
     input_ids: torch.Tensor,
+    noise: PlaceNoise | None,
+    processing: Processing,
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     streamer: BaseStreamer | None,
@@ -126,9 +136,14 @@ def _generate(
     room = CapturedRounds.room(handle.config)
     with handle.rounds.borrow(len(input_ids), rows.capacity + room) as steps:
         logits = steps.prefill(input_ids.to(steps.model.device), mask)
-        loop = RoundLoop(rows, steps)
+        choice: RoundChoice | None = None
+        if noise is not None or processing.processes:
+            chooser = Chooser(noise, rows.capacity - rows.prompt)
+            choice = RoundChoice(chooser, processing, steps.ends, rows.prompt)
+        loop = RoundLoop(rows, steps, choice)
+        newest = logits.argmax(-1, keepdim=True) if choice is None else choice.first(logits)
         try:
-            for _ in loop.run(logits.argmax(-1, keepdim=True)):
+            for _ in loop.run(newest):
                 pass
         finally:
             handle.tally.add(loop.counts.tally)
@@ -149,10 +164,13 @@ class RoundLoop:
 
     Args:
         rows: the prompts, of which ``steps`` hold the keys and values.
+        choice: how tokens are chosen; by default the likeliest.
     """
 
-    def __init__(self, rows: RaggedRows, steps: CapturedRounds) -> None:
-        self.rows, self.steps = rows, steps
+    def __init__(
+        self, rows: RaggedRows, steps: CapturedRounds, choice: RoundChoice | None = None
+    ) -> None:
+        self.rows, self.steps, self._choice = rows, steps, choice
         fixed = steps.config.draft_tokens
         self.length = DraftLength(None if fixed == "auto" else fixed, choices=LENGTHS)
         self.counts = RoundTally(steps.reads, rows, steps.draft.starts.tolist())
@@ -164,7 +182,7 @@ class RoundLoop:
         """
         rows = self.rows
         rows.extend(newest.tolist(), [1] * len(newest))
-        self.steps.begin(newest, rows.prompt + 1, rows.capacity)
+        self.steps.begin(newest, rows.prompt + 1, rows.capacity, self._choice)
         pending: Round | None = None
         while rows.settle():
             current = self._launch() if pending is None else pending

@@ -31,14 +31,22 @@ PROMISE = "tidal_replayable"
 """A processor of one's own with this attribute set to True promises to be such a one."""
 
 
+def beyond_scores(processors: LogitsProcessorList) -> list[str]:
+    """Names of those that look at more than the scores, as far as is known."""
+    names = ((type(p).__name__, _is_transformers(p)) for p in processors)
+    return [name for name, theirs in names if not (theirs and name in POINTWISE)]
+
+
 class Processing:
     """Applies processors to many positions. Errors: `TidalError` for one that cannot be replayed."""
 
     def __init__(self, processors: LogitsProcessorList) -> None:
         self._processors = processors
+        self.processes = bool(processors)
+        """Whether there is anything to apply."""
         for processor in processors:
             _check(processor)
-        self.needs_history = any(type(p).__name__ not in POINTWISE for p in processors)
+        self.needs_history = bool(beyond_scores(processors))
 
     def __call__(
         self, scores: torch.Tensor, history: torch.Tensor, lengths: Sequence[Sequence[int]]
@@ -49,6 +57,8 @@ class Processing:
             scores: ``[B, n, V]`` fp32 logits.
             history: ``[B, at least the lengths]`` the tokens of every row.
             lengths: for each row and position, the number of tokens before it.
+
+        Without `needs_history` no token of the history is looked at, and no length.
         """
         if not self._processors:
             return scores
@@ -71,12 +81,15 @@ class Processing:
 
 def _check(processor: object) -> None:
     name = type(processor).__name__
-    ours = type(processor).__module__.startswith("transformers.")
-    known = (ours and name in POINTWISE | REPLAYABLE) or getattr(processor, PROMISE, False) is True
-    if not known:
+    known = _is_transformers(processor) and name in POINTWISE | REPLAYABLE
+    if not known and getattr(processor, PROMISE, False) is not True:
         raise TidalError(
             "logits_processor: expected ones that depend on a row's tokens and scores alone, so that "
             f"they can be replayed on drafted tokens, got {name}, of which that is not known; leave it "
             f"out, use mode='sparse', or set {PROMISE} = True on a processor of your own that keeps "
             "nothing between calls and treats every row by itself"
         )
+
+
+def _is_transformers(processor: object) -> bool:
+    return type(processor).__module__.startswith("transformers.")

@@ -1,139 +1,26 @@
-"""The dense step of lossless decoding on the device: verify a draft, accept, and move the rows on.
+"""The dense step of greedy lossless decoding: verify a draft, accept, and move the rows on.
 
-One CUDA graph on a GPU. It reads keys and values once for all tokens of the draft, overwrites those that
-the draft wrote, decides what every row keeps, and leaves the rows' new ends where the next draft begins.
+One CUDA graph on a GPU, which decides what every row keeps, and leaves the rows' new ends where the next
+draft begins.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
-
 import torch
 
-from tidaldecode.algorithm import LayerPlan
 from tidaldecode.algorithm.speculation import accept_greedy
-from tidaldecode.config import TidalConfig
-from tidaldecode.integrations.transformers import compiler
-from tidaldecode.integrations.transformers.attention import KEYWORD, Forward
-from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
-from tidaldecode.integrations.transformers.static_cache import FixedCache
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from tidaldecode.integrations.transformers.score_step import ScoreStep
 
 
-@dataclass(frozen=True)
-class RowEnds:
-    """Where the rows of a batch end; on the device, and moved on by every verification."""
+class VerifyStep(ScoreStep):
+    """Scores a draft, keeps what full attention would have chosen too, and settles the rows.
 
-    known: torch.Tensor
-    """``[B]`` int32: columns up to the newest token, which is not cached yet."""
-    newest: torch.Tensor
-    """``[B, 1]`` int64: that token."""
-    limit: torch.Tensor
-    """``[1]`` int32: no row goes beyond; one that is there stays as it is."""
-
-    @classmethod
-    def make(cls, batch: int, device: torch.device) -> RowEnds:
-        """Rows of nothing but a newest token."""
-        return cls(
-            torch.ones(batch, dtype=torch.int32, device=device),
-            torch.zeros(batch, 1, dtype=torch.int64, device=device),
-            torch.ones(1, dtype=torch.int32, device=device),
-        )
-
-    def advance(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """Give every row the first ``counts [B]`` of ``tokens [B, T]``, as far as the limit lets it."""
-        taken = torch.minimum(counts.int(), (self.limit - self.known).clamp(min=0))
-        last = tokens.gather(1, (taken.long()[:, None] - 1).clamp(min=0))
-        self.newest.copy_(torch.where(taken[:, None] > 0, last, self.newest))
-        self.known.add_(taken)
-
-
-class VerifyStep(DecodeStep):
-    """Verifies ``length`` drafted tokens of every row; with none, it is a dense decode step.
-
-    Args:
-        ends: the rows; the step reads them and moves them on.
-        length: drafted tokens.
-
-    Others and errors: as a `DecodeStep`. The plan's layers all do full attention.
+    Args and errors: as a `ScoreStep`.
     """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: TidalConfig,
-        plan: LayerPlan,
-        ends: RowEnds,
-        *,
-        length: int,
-        batch: int,
-        capacity: int,
-    ) -> None:
-        super().__init__(model, config, dense_plan(plan), batch=batch, capacity=capacity)
-        device = model.device
-        self.ends = ends
-        self.tokens = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
-        """The newest token of every row, and its draft."""
-        self.verdict = torch.zeros(batch, length + 2, dtype=torch.int64, device=device)
-        """Full attention's tokens, and in the last column how many of them the draft lets a row take."""
-        self._offsets = torch.arange(length + 1, device=device)
-        self._call = _decode_all
-        if config.cuda_graph == "compiled":
-            self._call = torch.compile(
-                _decode_of(length), dynamic=False, fullgraph=True, **compiler.COMPILER
-            )
 
     def _step(self) -> None:
         """What is captured: decode newest token and draft densely, accept, move on."""
-        self.seq_lens.copy_(self.ends.known + (self.tokens.shape[1] - 1))
-        first = self.ends.known - 1 - self.starts
-        positions = first[:, None] + self._offsets
-        with self._layers.running():
-            forward = Forward(self.config, self.plan, on_device=True)
-            self.logits, likeliest = self._call(
-                self.model, self.tokens, positions, self.cache, self._host_mask, forward
-            )
-        verdict = accept_greedy(self.tokens[:, 1:], likeliest)
-        self.verdict[:, :-1] = verdict.tokens
-        self.verdict[:, -1] = verdict.counts
-        self.ends.advance(verdict.tokens, verdict.counts)
+        self.settle(accept_greedy(self.tokens[:, 1:], self._score()))
 
     def _moving(self) -> tuple[torch.Tensor, ...]:
         return (self.tokens, self.ends.known, self.ends.newest)
-
-
-def _decode_all(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    position_ids: torch.Tensor,
-    cache: FixedCache,
-    mask: Any,
-    forward: Forward,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits ``[B, T, vocabulary]`` after each of ``tokens [B, T]``, and the likeliest ``[B, T]``."""
-    output = model(
-        tokens,
-        past_key_values=cache,
-        position_ids=position_ids,
-        attention_mask=mask,
-        use_cache=True,
-        **{KEYWORD: forward},
-    )
-    logits: torch.Tensor = output.logits
-    return logits, logits.argmax(-1)
-
-
-@functools.cache
-def _decode_of(length: int) -> FunctionType:
-    """`_decode_all` for drafts of one length; all steps of a model share what is compiled of it.
-
-    torch counts the versions that it compiles by a function's code, and takes only a few: batch sizes
-    are versions of a length, and lengths have code of their own.
-    """
-    code = _decode_all.__code__.replace(co_name=f"{_decode_all.__name__}_{length}")
-    return FunctionType(code, _decode_all.__globals__)
