@@ -38,9 +38,9 @@ class Draft:
 
     @property
     def name(self) -> str:
-        """``k=4 N=64 round``, as results name it."""
-        kind = " random" if self.random else ""
-        return f"k={self.draft_tokens} N={self.budget} {self.selection}{kind}"
+        """``k=4 N=64``, as results name it."""
+        kind = " token" if self.selection == "token" else ""
+        return f"k={self.draft_tokens} N={self.budget}{kind}" + (" random" if self.random else "")
 
     def settings(self, config: TidalConfig) -> TidalConfig:
         """``config`` with this draft."""
