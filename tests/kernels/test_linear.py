@@ -40,7 +40,7 @@ def check(batch, inputs, sizes, dtype, backend, x=None, gain=False, gated=False,
 
 def reference(x, weights, gated, gain, residual):
     """fp64, and what rounding once at each named step may change."""
-    unit = torch.finfo(x.dtype).eps
+    unit, smallest = torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
     x, stacked = x.double(), torch.cat(weights).double()
     steps = 1
     if gain is not None:
@@ -57,7 +57,8 @@ def reference(x, weights, gated, gain, residual):
     if residual is not None:
         exact = exact + residual.double()
         allowed = allowed + unit * (exact.abs() + residual.double().abs())
-    return exact, allowed
+    # Below the smallest normal number the steps of a dtype no longer shrink.
+    return exact, allowed + smallest * unit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,6 +100,11 @@ def test_strides_of_the_residual_are_honoured(backend):
 def test_any_shape(batch, inputs, sizes):
     pytest.importorskip("triton")
     check(batch, inputs, tuple(sizes), torch.float16, "triton")
+
+
+def test_products_below_the_normal_numbers(backend):
+    x = torch.full((3, 1), 3.1e-5, dtype=torch.float16, device=DEVICE)
+    check(3, 1, (40,), torch.float16, backend, x=x)
 
 
 def test_a_wide_product_takes_the_other_tile(backend):
