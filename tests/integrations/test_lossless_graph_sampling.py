@@ -158,9 +158,8 @@ def captured_texts(model, k, rounds=CapturedRounds, **options):
         return found, handle.stats()
 
 
-@pytest.mark.parametrize("name", ["plain", "top_k"])
-def test_texts_have_full_attentions_distribution(name, monkeypatch):
-    model, options = tiny(), WARPERS[name]
+def test_texts_have_full_attentions_distribution(monkeypatch):
+    model, options = tiny(), WARPERS["top_k"]
     monkeypatch.setattr(GRAPH, "RoundChoice", Skewed)
     found, stats = captured_texts(model, 2, **options)
     assert 0.2 < stats.acceptance < 0.99  # both outcomes are met
