@@ -63,8 +63,11 @@ def test_a_selection_grows_by_the_tokens_that_came_since(lens, sets, budget, mos
 
 
 def test_only_plans_that_select_can_be_held():
-    assert HeldSelections.serves(PLAN)
-    assert not HeldSelections.serves(LayerPlan.build(4, dense_layers=0, select_layers=()))
+    once = TidalConfig(mode="lossless")
+    assert HeldSelections.wanted(once, PLAN)
+    assert not HeldSelections.wanted(once.replace(draft_selection="token"), PLAN)
+    fixed = LayerPlan.build(4, dense_layers=0, select_layers=())
+    assert not HeldSelections.wanted(once, fixed)
 
 
 @pytest.mark.parametrize("granularity", ["shared", "kv_head", "query_head"])

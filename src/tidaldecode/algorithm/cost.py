@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tidaldecode.algorithm.held import HeldSelections
 from tidaldecode.algorithm.plan import LayerPlan, Role
 from tidaldecode.config import TidalConfig
 
@@ -65,11 +66,7 @@ class KVReads:
 
     def draft(self, context: int, index: int) -> int:
         """The same for token number ``index`` of a draft."""
-        if (
-            index == 0
-            or self.config.draft_selection == "token"
-            or not self.plan.layers(Role.SELECT)
-        ):
+        if index == 0 or not HeldSelections.wanted(self.config, self.plan):
             return self.sparse(context)
         roles = tuple(Role.HOST if role is Role.HOST else Role.SPARSE for role in self.plan)
         return kv_bytes_per_step(

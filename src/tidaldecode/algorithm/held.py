@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from tidaldecode.algorithm.plan import LayerPlan, Role
+from tidaldecode.config import TidalConfig
 from tidaldecode.kernels import Selection
 
 
@@ -26,9 +27,9 @@ class HeldSelections:
         self._memory: _Memory | None = None
 
     @staticmethod
-    def serves(plan: LayerPlan) -> bool:
-        """Whether the plan has layers whose selections can be held."""
-        return bool(plan.layers(Role.SELECT))
+    def wanted(config: TidalConfig, plan: LayerPlan) -> bool:
+        """Whether drafts select once, and the plan has layers whose selections can be held."""
+        return config.draft_selection == "round" and bool(plan.layers(Role.SELECT))
 
     def hold(self, layer: int, selection: Selection, seq_lens: torch.Tensor) -> None:
         """Take over the ``selection`` that a SELECT layer made at ``seq_lens [B]``.

@@ -89,7 +89,7 @@ class CapturedRounds:
         """The step of a draft's first token, or of all its tokens."""
         self._held: HeldSelections | None = None
         self._follow: FollowStep | None = None
-        if config.draft_selection == "round" and HeldSelections.serves(plan):
+        if HeldSelections.wanted(config, plan):
             self._held = HeldSelections(plan, longest_draft(config.draft_tokens))
             self.draft.hold_selections(self._held)
         self.ends = RowEnds.make(batch, model.device)

@@ -42,7 +42,7 @@ class SpeculativeSteps:
         self.starts, self._shift = starts.to(model.device), shift.to(model.device)
         config, plan = handle.config, handle.plan
         self._held: HeldSelections | None = None
-        if config.draft_selection == "round" and HeldSelections.serves(plan):
+        if HeldSelections.wanted(config, plan):
             self._held = HeldSelections(plan, longest_draft(config.draft_tokens))
         self._drafted = 0
 
