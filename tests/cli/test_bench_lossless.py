@@ -28,6 +28,39 @@ def test_real_text_is_timed_and_compared(tmp_path, capsys):
     assert found["record"]["task"] == "bench lossless"
 
 
+def test_sampled_texts_are_timed_and_not_compared(tmp_path, capsys):
+    file = tmp_path / "l.json"
+    options = ["--context", "300", "--batch", "2", "--new-tokens", "10", "--budget", "32"]
+    drafts = ["--draft-tokens", "3", "--temperature", "0.7"]
+    assert run([*COMMAND, *options, *drafts, "--json", str(file)]) == 0
+    assert "sampled at 0.7" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    [row] = found["results"]
+    assert row["temperature"] == found["record"]["temperature"] == 0.7
+    assert row["equal"] is None and row["differences"] == []
+    assert 0 < row["acceptance"] <= 1
+
+
+@pytest.mark.parametrize("temperature, same", [(1e-4, True), (50.0, False)])
+def test_a_sampled_text_follows_the_processed_logits(temperature, same):
+    from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
+
+    from tidaldecode.bench.decode import random_model
+    from tidaldecode.bench.shapes import shape_config
+    from tidaldecode.integrations.transformers.processing import Processing
+    from tidaldecode.integrations.transformers.step_text import greedy_text, sampled_text
+
+    model = random_model(shape_config("tiny"), torch.device("cpu"), torch.float32)
+    processing = Processing(LogitsProcessorList([TemperatureLogitsWarper(temperature)]))
+    with enable(model, select_layers=(2,), budget=32) as handle:
+        full = dense_plan(handle.plan)
+        step = DecodeStep(model, handle.config, full, batch=2, capacity=64)
+        newest = step.prefill(torch.randint(512, (2, 40))).argmax(-1, keepdim=True)
+        greedy = greedy_text(step, newest, 6)
+        step.resume(40)
+        assert torch.equal(sampled_text(step, newest, 6, processing), greedy) is same
+
+
 def test_an_imposed_acceptance_says_so(tmp_path, capsys):
     file = tmp_path / "l.json"
     options = ["--shape", "tiny", "--select-layers", "2", "--context", "200", "--batch", "2"]
@@ -72,6 +105,7 @@ def test_rows_prefilled_in_pieces_are_those_of_one_prefill(monkeypatch):
         (["--shape", "tiny", "--model", "x"], "shape: expected --shape or --model, got both"),
         (["--accept", "0.9"], "accept: expected --shape beside it"),
         (["--shape", "tiny", "--draft-tokens", "auto"], "draft-tokens: expected numbers where"),
+        (["--shape", "tiny", "--temperature", "1"], "temperature: expected a trained model"),
         (["--draft-tokens", "few"], "draft-tokens: expected auto or a number"),
         (["--shape", "gpt-5"], "shape: expected one of llama-2-7b"),
         (["--context", "16300"], "context: expected at most 16,384 tokens for this model"),

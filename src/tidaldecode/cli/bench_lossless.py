@@ -54,6 +54,10 @@ def lossless(
     draft_selection: DraftSelectionOption = None,
     select_layers: SelectLayersOption = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode of each row.")] = 128,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, help="Sample at this temperature, on both sides; 0: greedy texts."),
+    ] = 0.0,
     repetitions: Annotated[
         int, typer.Option(min=1, help="Timed texts; rounds of a shape: 4 times as many.")
     ] = 5,
@@ -70,7 +74,7 @@ def lossless(
     from tidaldecode.config import TidalConfig
     from tidaldecode.record import run_record, write_json
 
-    _check(model, shape, accept, draft_tokens)
+    _check(model, shape, accept, draft_tokens, temperature)
     lengths = [parse_draft_tokens(text) for text in draft_tokens or ["2", "4", "8"]]
     sizes = [
         (tokens, rows)
@@ -93,14 +97,25 @@ def lossless(
     chances = sorted(set(accept or [0.90, 0.95, 0.98]))
     record = run_record(
         task="bench lossless", model=str(shape or model or "embedded"), dtype=dtype, seed=seed,
-        repetitions=repetitions, configs=[one.to_dict() for one in configs],
+        repetitions=repetitions, temperature=temperature, configs=[one.to_dict() for one in configs],
     )  # fmt: skip
     console = Console()
     found: Iterator[RealTime | RoundTime]
     if shape is not None:
         found = _imposed(shape, device, dtype, configs, lengths, sizes, 4 * repetitions)
     else:
-        found = _real(model, device, dtype, configs, lengths, sizes, new_tokens, repetitions, seed)
+        found = _real(
+            model,
+            device,
+            dtype,
+            configs,
+            lengths,
+            sizes,
+            new_tokens,
+            repetitions,
+            seed,
+            temperature,
+        )
     results: list[Any] = []
     with rows_progress(console) as progress:
         bar = progress.add_task("drafts", total=len(sizes) * len(configs) * len(lengths))
@@ -114,7 +129,8 @@ def lossless(
         for table in imposed_tables(results, chances, f"{shape} ({dtype})"):
             console.print(table)
     else:
-        console.print(real_table(results, f"{model or 'the embedded model'} ({dtype})"))
+        ways = f"{dtype}, sampled at {temperature:g}" if temperature else dtype
+        console.print(real_table(results, f"{model or 'the embedded model'} ({ways})"))
         list_differences(console, results)
     if json_file is not None:
         console.print(f"wrote {json_file}", soft_wrap=True)
@@ -125,6 +141,7 @@ def _check(
     shape: str | None,
     accept: list[float] | None,
     draft_tokens: list[str] | None,
+    temperature: float,
 ) -> None:
     """Errors: `TidalError` for options that do not go together."""
     if shape is not None and model is not None:
@@ -133,6 +150,11 @@ def _check(
         raise TidalError(
             f"accept: expected --shape beside it, got --accept {accept[0]} for a trained model, whose "
             "acceptance is measured"
+        )
+    if shape is not None and temperature:
+        raise TidalError(
+            "temperature: expected a trained model where texts are sampled, got --shape, whose rounds "
+            "have no text"
         )
     if shape is not None and draft_tokens and "auto" in draft_tokens:
         raise TidalError("draft-tokens: expected numbers where the acceptance is imposed, got auto")
@@ -148,6 +170,7 @@ def _real(
     new_tokens: int,
     repetitions: int,
     seed: int,
+    temperature: float,
 ) -> Iterator[RealTime]:
     """Texts of a trained model; prompts are windows of the standard library's source."""
     import torch
@@ -171,6 +194,7 @@ def _real(
             drafts,
             new_tokens=new_tokens,
             repetitions=repetitions,
+            temperature=temperature,
         )
 
 

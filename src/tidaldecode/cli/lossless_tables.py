@@ -86,7 +86,8 @@ def real_table(results: Sequence[RealTime], title: str) -> Table:
             f"{one.context:,}", str(one.batch), str(one.budget), str(one.draft_tokens), kept,
             f"{one.tokens_per_verify:.2f}", f"{one.full_ms:.3f}",
             f"{one.steady_ms:.3f}", f"{one.steady_speedup:.2f}",
-            f"{one.last_ms:.3f}", f"{one.last_speedup:.2f}", f"{one.equal}/{one.batch}",
+            f"{one.last_ms:.3f}", f"{one.last_speedup:.2f}",
+            "-" if one.equal is None else f"{one.equal}/{one.batch}",
         )  # fmt: skip
     return table
 

@@ -1,10 +1,11 @@
-"""Greedy texts of a `DecodeStep` that stands after its prompts: what lossless decoding must equal."""
+"""Texts of a `DecodeStep` that stands after its prompts: what lossless decoding must equal, or beat."""
 
 from __future__ import annotations
 
 import torch
 
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
+from tidaldecode.integrations.transformers.processing import Processing
 
 
 @torch.inference_mode()
@@ -15,6 +16,24 @@ def greedy_text(step: DecodeStep, newest: torch.Tensor, count: int) -> torch.Ten
     step.tokens.copy_(newest)
     for index in range(1, count):
         step.run()
+        text[:, index] = step.tokens[:, 0]
+    return text
+
+
+@torch.inference_mode()
+def sampled_text(
+    step: DecodeStep, newest: torch.Tensor, count: int, processing: Processing
+) -> torch.Tensor:
+    """As `greedy_text`, but drawn from the processed logits, as plain sampling does.
+
+    ``processing`` must do without history.
+    """
+    text = torch.empty(len(newest), count, dtype=torch.int64, device=newest.device)
+    text[:, :1] = newest
+    step.tokens.copy_(newest)
+    for index in range(1, count):
+        scores = processing(step.run().float()[:, None], newest, [])[:, 0]
+        step.tokens.copy_(torch.multinomial(scores.softmax(-1), 1))
         text[:, index] = step.tokens[:, 0]
     return text
 
