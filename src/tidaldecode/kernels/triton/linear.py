@@ -119,19 +119,20 @@ def _several_rows(
     wait_for_predecessor(OVERLAP)
     channel = tl.arange(0, BLOCK_IN)
     rows = (row < batch)[:, None]
-    sums = tl.zeros([ROWS, BLOCK_OUT], tl.float32)
+    # The hardware multiplies by at least 16 of one side and 8 of the other: the few are the rows.
+    sums = tl.zeros([BLOCK_OUT, ROWS], tl.float32)
     other_sums = sums
     for first in range(0, INPUTS, BLOCK_IN):
         now = first + channel
         inside = (now < INPUTS)[None, :]
         block = tl.load(at + now[None, :], mask=inside, other=0.0)
         source = x + row[:, None] * x_row + now[None, :] * x_channel
-        value = tl.load(source, mask=rows & inside, other=0.0)
-        sums = tl.dot(value, tl.trans(block), sums, input_precision="ieee")
+        value = tl.trans(tl.load(source, mask=rows & inside, other=0.0))
+        sums = tl.dot(block, value, sums, input_precision="ieee")
         if GATED:
             block = tl.load(other_at + now[None, :], mask=inside, other=0.0)
-            other_sums = tl.dot(value, tl.trans(block), other_sums, input_precision="ieee")
-    return sums, other_sums
+            other_sums = tl.dot(block, value, other_sums, input_precision="ieee")
+    return tl.trans(sums), tl.trans(other_sums)
 
 
 def linear(
@@ -148,7 +149,7 @@ def linear(
     out = torch.empty(batch, outputs, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    rows = 1 if batch == 1 else max(16, triton.next_power_of_2(batch))
+    rows = 1 if batch == 1 else max(8, triton.next_power_of_2(batch))
     block_out, block_in, warps, stages = _tile(rows, inputs, outputs, gated, x.element_size())
     sizes = [outputs] if gated else [weight.shape[0] for weight in weights]
     missing = MAX_WEIGHTS - len(weights)
@@ -184,5 +185,9 @@ def _tile(
         return (2, whole, 4, 1) if outputs > 4096 else (2, min(whole, 2048), 4, 1)
     line = 128 // element_size
     if gated:
-        return 32, 4 * line, 4, 3
-    return (32, 2 * line, 4, 4) if outputs > 4096 else (16, 4 * line, 2, 4)
+        return 64, 2 * line, 4, 3
+    if rows > 32 or (outputs > 4096 and inputs <= 4096):
+        return 64, 2 * line, 4, 4
+    if inputs > 4096:
+        return (16, 8 * line, 2, 4) if rows == 16 else (32, 8 * line, 4, 3)
+    return 16, 4 * line, 2, 5
