@@ -33,9 +33,9 @@ from tidaldecode.proof.equality import RandomSteps
 from tidaldecode.proof.rounds import RandomRounds
 
 PROMPT, TOKENS = 40, 30
-STEP, VERIFY, HANDLE = (
+STEP, VERIFY, HANDLE, LAYERS = (
     importlib.import_module(f"tidaldecode.integrations.transformers.{name}")
-    for name in ("decode_step", "verify_step", "handle")
+    for name in ("decode_step", "verify_step", "handle", "step_layers")
 )
 PLAIN = {"output_logits": False, "return_dict_in_generate": False}
 CAPTURED = {**PLAIN, "custom_generate": graph_generate}
@@ -69,6 +69,44 @@ def test_a_padded_batch_gets_full_attentions_tokens(family, budget, k):
     assert stats.drafted > 0 and stats.tokens >= 4 * (TOKENS - 1)
     if k != "auto":
         assert 0 < stats.accepted < stats.drafted  # rows did part
+
+
+@pytest.mark.parametrize("selection", ["round", "token"])
+@pytest.mark.parametrize("rows", [(0,), (1, 3), (0, 1, 2, 3)])
+def test_rows_that_have_ended_rest(rows, selection, monkeypatch):
+    model = build("Llama")
+    ids, mask = padded_batch()
+    settings = {**LOSSLESS, "draft_tokens": 3, "draft_selection": selection}
+    attended = []
+    step_dense = LAYERS.dense_decode
+
+    def watched(q, k, v, seq_lens, *, starts, **options):
+        attended.append((seq_lens - starts).tolist())
+        return step_dense(q, k, v, seq_lens, starts=starts, **options)
+
+    monkeypatch.setattr(LAYERS, "dense_decode", watched)
+    with tidaldecode.enable(model, **settings) as handle:
+        verdicts, caches = [], []
+        for resting in ((), rows):
+            rounds = CapturedRounds(model, handle.config, handle.plan, batch=4, capacity=80)
+            newest = rounds.prefill(ids, mask).argmax(-1, keepdim=True)
+            rounds.begin(newest, PROMPT + 1, PROMPT + 20)
+            rounds.launch(3)
+            before = [layer.keys.clone() for layer in rounds.draft.cache.layers]
+            known = rounds.ends.known.clone()
+            rounds.rest([row in resting for row in range(4)])
+            attended.clear()
+            verdicts.append(rounds.launch(3).verdict)
+            assert (torch.tensor(attended)[:, list(resting)] == 0).all()
+            caches.append([layer.keys for layer in rounds.draft.cache.layers])
+        assert torch.equal(rounds.ends.known[list(rows)], known[list(rows)])
+    others = [row for row in range(4) if row not in rows]
+    torch.testing.assert_close(verdicts[0][others], verdicts[1][others])
+    for plain, rested, kept in zip(*caches, before, strict=True):
+        torch.testing.assert_close(plain[others], rested[others])
+        for row in rows:
+            start = PROMPT - int(mask[row].sum())
+            assert torch.equal(rested[row, :, start:], kept[row, :, start:])
 
 
 @pytest.mark.parametrize("k", [1, 4])

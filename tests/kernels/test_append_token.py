@@ -62,6 +62,17 @@ def test_tokens_that_do_not_fit_are_not_written():
     assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_nothing_comes_before_the_first_place(backend, count):
+    caches, _ = new()
+    fresh = [torch.ones(3, count, 2, 20, device=DEVICE) for _ in "kv"]
+    expected = [cache.clone() for cache in caches]
+    for cache in expected:
+        cache[0, :, : count - 1], cache[2, :, 5 - count : 5] = 1, 1
+    append_token(*caches, *fresh, lengths([count - 1, 0, 5]), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+
+
 def test_strides_are_honoured(backend):
     stores = [torch.zeros(3, 11, 5, 22, device=DEVICE) for _ in "kv"]
     views = [store[:, 1:10, 1:4:2, 1:21].transpose(1, 2) for store in stores]

@@ -21,7 +21,8 @@ def append_token(
     """Write ``k, v [B, Hkv, D]`` into strided caches ``[B, Hkv, S_max, D]`` at ``seq_lens - 1``.
 
     Or ``[B, T, Hkv, D]``, several tokens of each row, at ``seq_lens - T`` and after. ``seq_lens [B]``
-    int32 counts the new tokens already; T to S_max (in Triton tokens elsewhere are not written).
+    int32 counts the new tokens already; what would come before the first place is not written. At most
+    S_max (in Triton tokens behind it are not written either).
 
     Errors: `TidalError` naming the argument that breaks the contract.
     """
@@ -34,8 +35,11 @@ def append_token(
     count = 1 if dims == 3 else k.shape[1]
     rows = torch.arange(batch, device=k.device)[:, None]
     places = seq_lens.long()[:, None] - count + torch.arange(count, device=k.device)
-    k_cache[rows, :, places] = k.reshape(batch, count, heads, head_dim)
-    v_cache[rows, :, places] = v.reshape(batch, count, heads, head_dim)
+    inside = (places >= 0)[..., None, None]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        new = new.reshape(batch, count, heads, head_dim)
+        # A place before the first is one from the end, which keeps what it holds.
+        cache[rows, :, places] = torch.where(inside, new, cache[rows, :, places])
 
 
 def check_new_tokens(

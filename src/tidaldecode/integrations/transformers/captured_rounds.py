@@ -9,6 +9,7 @@ when it reads a round's verdict. On a CPU the same steps run one by one.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -127,10 +128,17 @@ class CapturedRounds:
         self.ends.limit.fill_(limit)
         self._choice = choice
         if choice is not None:
-            # A row at its limit still drafts, and stays.
+            # A row at its limit rests, but the places behind it are still looked up.
             choice.reserve(limit + self.room(self.config))
         for verify in self._verify.values():
             verify.starts.copy_(self.draft.starts)
+
+    @torch.inference_mode()
+    def rest(self, ended: Sequence[bool]) -> None:
+        """Let rows that have ended rest from the next round on; the host does not wait."""
+        device = self.ends.known.device
+        rows = torch.tensor(ended, pin_memory=device.type == "cuda")
+        self.ends.rest(rows.to(device, non_blocking=True))
 
     @torch.inference_mode()
     def launch(self, length: int) -> Round:
@@ -162,7 +170,7 @@ class CapturedRounds:
         verify = self.verifier(length)
         verify.prepare()
         if length:
-            self.draft.place(self.ends.newest, self.ends.known)
+            self._stand()
             self.draft.prepare()
         if length > 1 and self._held is not None:
             self._prepare_follow(self._held)
@@ -174,7 +182,11 @@ class CapturedRounds:
             self.draft.replay()
             self._follow = FollowStep(self.draft, held)
             self._follow.prepare()
-            self.draft.place(self.ends.newest, self.ends.known)
+            self._stand()
+
+    def _stand(self) -> None:
+        """Begin a draft after the newest tokens; rows that rest have none."""
+        self.draft.place(self.ends.newest, self.ends.lengths(self.draft.starts))
 
     def fill_draft(self, drafted: torch.Tensor) -> list[torch.Tensor | None]:
         """Draft the tokens after the newest ones, where `draft` stands, into ``drafted [B, length]``.

@@ -59,6 +59,8 @@ class DecodeStep:
         """``[B, vocabulary]``: what the last step found; overwritten by the next."""
         self.length = 0
         self._position_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._pace = torch.ones(batch, dtype=torch.int32, device=device)
+        """Tokens that a step adds to a row: one, or none where the row rests."""
         self._layers = StepLayers(config, plan, self.cache, self.seq_lens, self.starts)
         self._call = _decode
         if config.cuda_graph == "compiled":
@@ -98,6 +100,7 @@ class DecodeStep:
         self.length = length
         self.cache.fill(length)
         self.seq_lens.fill_(length + 1)
+        self._pace.fill_(1)
         if starts is None:
             self.starts.zero_()
         else:
@@ -121,10 +124,14 @@ class DecodeStep:
         return self.logits
 
     def place(self, tokens: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        """Go on from rows of different lengths: ``tokens [B, 1]`` are the last of ``seq_lens [B]``."""
+        """Go on from rows of different lengths: ``tokens [B, 1]`` are the last of ``seq_lens [B]``.
+
+        A row that ends where it starts rests: it reads and writes no keys and values.
+        """
         self.tokens.copy_(tokens)
         self.seq_lens.copy_(seq_lens)
-        self._position_ids.copy_((seq_lens - 1 - self.starts)[:, None])
+        self._pace.copy_(seq_lens > self.starts)
+        self._position_ids.copy_((seq_lens - 1 - self.starts).clamp(min=0)[:, None])
 
     def prepare(self) -> None:
         """Capture the step if that is still to be done; needs a prefilled cache."""
@@ -154,7 +161,7 @@ class DecodeStep:
     def share_rows(self, other: DecodeStep) -> None:
         """Decode the rows of ``other`` from now on, on its cache and from where it stands."""
         self.tokens, self.seq_lens, self.starts = other.tokens, other.seq_lens, other.starts
-        self._position_ids = other._position_ids
+        self._position_ids, self._pace = other._position_ids, other._pace
         self._layers = StepLayers(self.config, self.plan, other.cache, self.seq_lens, self.starts)
         self.use_cache(other.cache)
 
@@ -175,7 +182,7 @@ class DecodeStep:
                 self.model, self.tokens, self._position_ids, self.cache, self._host_mask, forward
             )
         self.tokens.copy_(likeliest)
-        self.seq_lens.add_(1)
+        self.seq_lens.add_(self._pace)
         self._position_ids.add_(1)
 
     def _moving(self) -> tuple[torch.Tensor, ...]:

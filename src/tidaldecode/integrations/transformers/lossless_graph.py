@@ -174,6 +174,7 @@ class RoundLoop:
         fixed = steps.config.draft_tokens
         self.length = DraftLength(None if fixed == "auto" else fixed, choices=LENGTHS)
         self.counts = RoundTally(steps.reads, rows, steps.draft.starts.tolist())
+        self._resting = list(rows.ended)
 
     def run(self, newest: torch.Tensor) -> Iterator[Round]:
         """Decode after ``newest [B, 1]``, the first new tokens, until generate's criteria end it.
@@ -185,6 +186,9 @@ class RoundLoop:
         self.steps.begin(newest, rows.prompt + 1, rows.capacity, self._choice)
         pending: Round | None = None
         while rows.settle():
+            if rows.ended != self._resting:
+                self._resting = list(rows.ended)
+                self.steps.rest(self._resting)
             current = self._launch() if pending is None else pending
             # The next round does not wait for the host, unless this one may be the last.
             pending = self._launch() if rows.room() > current.length + 1 else None

@@ -16,7 +16,7 @@ class RowEnds:
     newest: torch.Tensor
     """``[B, 1]`` int64: that token."""
     limit: torch.Tensor
-    """``[1]`` int32: no row goes beyond; one that is there stays as it is."""
+    """``[B]`` int32: no row goes beyond its own; one that is there rests."""
 
     @classmethod
     def make(cls, batch: int, device: torch.device) -> RowEnds:
@@ -24,8 +24,19 @@ class RowEnds:
         return cls(
             torch.ones(batch, dtype=torch.int32, device=device),
             torch.zeros(batch, 1, dtype=torch.int64, device=device),
-            torch.ones(1, dtype=torch.int32, device=device),
+            torch.ones(batch, dtype=torch.int32, device=device),
         )
+
+    def lengths(self, starts: torch.Tensor, more: int = 0) -> torch.Tensor:
+        """``[B]`` int32: ends of rows with ``more`` columns after their newest token's.
+
+        A row that rests has no token, from its ``starts [B]`` on: it costs a step nothing.
+        """
+        return torch.where(self.known < self.limit, self.known + more, starts)
+
+    def rest(self, rows: torch.Tensor) -> None:
+        """Let ``rows [B]``, booleans on the device, rest where they are."""
+        self.limit.masked_fill_(rows, 0)
 
     def advance(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Give every row the first ``counts [B]`` of ``tokens [B, T]``, as far as the limit lets it."""

@@ -75,7 +75,7 @@ class ScoreStep(DecodeStep):
 
     def _score(self) -> torch.Tensor:
         """Decode newest token and draft; the likeliest token after each ``[B, length + 1]``."""
-        self.seq_lens.copy_(self.ends.known + (self.tokens.shape[1] - 1))
+        self.seq_lens.copy_(self.ends.lengths(self.starts, self.tokens.shape[1] - 1))
         first = self.ends.known - 1 - self.starts
         positions = first[:, None] + self._offsets
         with self._layers.running():
