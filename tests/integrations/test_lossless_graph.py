@@ -109,6 +109,26 @@ def test_rows_that_have_ended_rest(rows, selection, monkeypatch):
             assert torch.equal(rested[row, :, start:], kept[row, :, start:])
 
 
+def test_a_row_rests_once_its_text_has_ended(monkeypatch):
+    model = build("Llama")
+    ids, mask = padded_batch()
+    plain = generate(model, ids, TOKENS, attention_mask=mask, **PLAIN)
+    ends = {"eos_token_id": int(plain[0, PROMPT + 6]), "pad_token_id": 0}
+    expected = generate(model, ids, TOKENS, attention_mask=mask, **PLAIN, **ends)
+    told = []
+    rest = CapturedRounds.rest
+
+    def watched(rounds, ended):
+        told.append(list(ended))
+        rest(rounds, ended)
+
+    monkeypatch.setattr(CapturedRounds, "rest", watched)
+    with tidaldecode.enable(model, **{**LOSSLESS, "draft_tokens": 3}):
+        found = generate(model, ids, TOKENS, attention_mask=mask, **CAPTURED, **ends)
+    assert torch.equal(found, expected)
+    assert told and told[0][0] and not all(told[0])
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_random_drafts_change_nothing_but_the_speed(k):
     model = build("Llama")
