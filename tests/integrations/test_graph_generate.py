@@ -5,7 +5,9 @@ On a CPU the step that a GPU captures runs eagerly, so that all but the capture 
 
 from __future__ import annotations
 
+import gc
 import importlib
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -233,6 +235,26 @@ def test_a_lack_of_memory_says_what_was_needed_and_leaves_the_model_usable(monke
             run(model, ids, custom_generate=graph_generate, **options)
         assert not failures and not handle.steps.clear()
         assert torch.equal(run(model, ids, custom_generate=graph_generate, **options), expected)
+
+
+def test_the_error_keeps_no_memory_of_the_call_that_failed(monkeypatch):
+    model = build("Llama")
+    take, taken = FixedLayer.lazy_initialization, []
+
+    def fail(self, *states):
+        if len(taken) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        take(self, *states)
+        taken.append(weakref.ref(self.keys))
+
+    monkeypatch.setattr(FixedLayer, "lazy_initialization", fail)
+    gc.disable()
+    try:
+        with tidaldecode.enable(model, **SMALL), pytest.raises(ShortOfMemoryError) as kept:
+            run(model, prompt(24), tokens=4, custom_generate=graph_generate)
+        assert kept.value is not None and [one() for one in taken] == [None, None]
+    finally:
+        gc.enable()
 
 
 class Collector(BaseStreamer):

@@ -6,9 +6,8 @@ nothing from the host. On a CPU the same step runs eagerly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WARM_UPS = 2
+_Result = TypeVar("_Result")
 
 
 class DecodeStep:
@@ -87,10 +87,11 @@ class DecodeStep:
             )
             padding = {"attention_mask": mask, "position_ids": positions}
         self.cache.fill(0)
-        with self._enough_memory():
-            output = self.model(
+        output = self._with_enough_memory(
+            lambda: self.model(
                 ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **padding
             )
+        )
         self.resume(length, starts)
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -193,39 +194,43 @@ class DecodeStep:
         """Compile and allocate on a side stream, then record the step once."""
         moving = self._moving()
         kept = [tensor.clone() for tensor in moving]
-        stream = torch.cuda.Stream(self.tokens.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
+
+        def restore() -> None:
+            for tensor, before in zip(moving, kept, strict=True):
+                tensor.copy_(before)
+
         try:
-            with self._enough_memory():
-                with torch.cuda.stream(stream):
-                    for _ in range(_WARM_UPS):
-                        self._step()
-                        for tensor, before in zip(moving, kept, strict=True):
-                            tensor.copy_(before)
-                torch.cuda.current_stream().wait_stream(stream)
-                # Other threads may go on using the GPU meanwhile.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self._step()
+            self._graph = self._with_enough_memory(lambda: self._record(restore))
         except RuntimeError as error:
             raise TidalError(
                 f"model: expected a decode step of {type(self.model).__name__} that a CUDA graph can "
                 f"hold, got: {str(error).splitlines()[0]}; set cuda_graph=False"
             ) from error
         finally:
-            for tensor, before in zip(moving, kept, strict=True):
-                tensor.copy_(before)
-        self._graph = graph
+            restore()
 
-    @contextmanager
-    def _enough_memory(self) -> Iterator[None]:
-        """Say what was needed where memory runs out; the cache is given back then."""
+    def _record(self, restore: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The step as a graph; ``restore`` undoes what a step has moved."""
+        stream = torch.cuda.Stream(self.tokens.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._step()
+                restore()
+        torch.cuda.current_stream().wait_stream(stream)
+        # Other threads may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step()
+        return graph
+
+    def _with_enough_memory(self, call: Callable[[], _Result]) -> _Result:
+        """``call()``, or an error that says what was needed; the cache is given back then."""
         try:
-            yield
-            return
+            return call()
         except torch.cuda.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
-        # Outside the except clause: its traceback would keep the memory of the failed call.
+        # Outside the except clause, and of every with: the traceback keeps what the call allocated.
         self.close()
         _, shape = inspect_model(self.model)
         token = 2 * shape.num_layers * shape.kv_heads * shape.head_dim * self.model.dtype.itemsize
