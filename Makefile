@@ -37,7 +37,7 @@ test-gpu: ## the tests of kernels and graphs on an NVIDIA GPU, in the Python tha
 		tests/bench/test_peers.py tests/gpu
 
 test-oldest: $(OLDEST)/.installed ## the integration tests on the oldest supported transformers
-	$(OLDEST)/bin/python -m pytest -n auto tests/integrations
+	$(OLDEST)/bin/python -m pytest -n auto -m 'not distribution' tests/integrations
 
 # vLLM asks for the CUDA build of torch and for GPU libraries that its import does not need: no dependencies.
 $(VLLM)/.installed $(VLLM)-newest/.installed: pyproject.toml constraints-vllm.txt tests/vllm_plugin/cpu_platform/pyproject.toml

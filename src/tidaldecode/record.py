@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tidaldecode.errors import TidalError
+from tidaldecode.processor import processor_name
 
 _PACKAGES = ("tidaldecode", "torch", "transformers", "safetensors")
 
@@ -27,7 +28,7 @@ def run_record(**details: Any) -> dict[str, Any]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"CPU {_processor()}, {torch.get_num_threads()} threads"
+        device = f"CPU {processor_name()}, {torch.get_num_threads()} threads"
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -95,13 +96,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip()
-
-
-def _processor() -> str:
-    """The processor's model name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

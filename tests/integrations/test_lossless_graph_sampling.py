@@ -158,6 +158,7 @@ def captured_texts(model, k, rounds=CapturedRounds, **options):
         return found, handle.stats()
 
 
+@pytest.mark.distribution
 def test_texts_have_full_attentions_distribution(monkeypatch):
     model, options = tiny(), WARPERS["top_k"]
     monkeypatch.setattr(GRAPH, "RoundChoice", Skewed)
@@ -166,6 +167,7 @@ def test_texts_have_full_attentions_distribution(monkeypatch):
     assert excess(found, exact(model, **options)) < SIGMAS
 
 
+@pytest.mark.distribution
 def test_random_drafts_leave_the_distribution_as_it_is():
     model = tiny()
     found, _ = captured_texts(model, 3, rounds=RandomRounds, top_k=0)
@@ -188,6 +190,7 @@ RIGHT_RULE = chooser.accept_sampled
 
 
 @pytest.mark.parametrize("rule", [keep_all, drafts_noise])
+@pytest.mark.distribution
 def test_a_wrong_rule_is_seen(rule, monkeypatch):
     model = tiny()
     monkeypatch.setattr(GRAPH, "RoundChoice", Skewed)

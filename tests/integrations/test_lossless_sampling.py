@@ -24,6 +24,7 @@ class SkewedSteps(SpeculativeSteps):
 
 
 @pytest.mark.parametrize("name", WARPERS)
+@pytest.mark.distribution
 def test_texts_have_full_attentions_distribution(name):
     model, options = tiny(), WARPERS[name]
     chances = exact(model, **options)
@@ -38,6 +39,7 @@ def test_texts_have_full_attentions_distribution(name):
 @pytest.mark.parametrize(
     ("k", "steps"), [(1, SkewedSteps), (3, RandomSteps), (2, SpeculativeSteps)]
 )
+@pytest.mark.distribution
 def test_other_drafts_leave_the_distribution_as_it_is(k, steps):
     model = tiny()
     with tidaldecode.enable(model, **LOSSLESS, draft_tokens=k) as handle:
@@ -46,6 +48,7 @@ def test_other_drafts_leave_the_distribution_as_it_is(k, steps):
     assert excess(found, exact(model, top_k=0)) < SIGMAS
 
 
+@pytest.mark.distribution
 def test_texts_are_neither_sharper_nor_flatter():
     model = tiny(spread=0.4)
     with tidaldecode.enable(model, **LOSSLESS, draft_tokens=2) as handle:
@@ -54,6 +57,7 @@ def test_texts_are_neither_sharper_nor_flatter():
     assert surprise(found, exact(model, top_k=0)) < 4
 
 
+@pytest.mark.distribution
 def test_plain_sampling_passes_the_same_test():
     model = tiny()
     assert excess(sample(model, top_k=0), exact(model, top_k=0)) < SIGMAS
@@ -78,6 +82,7 @@ RIGHT_RULE = chooser.accept_sampled
 
 
 @pytest.mark.parametrize("rule", [keep_all, without_residual, keeps_too_often])
+@pytest.mark.distribution
 def test_a_wrong_rule_is_seen(rule, monkeypatch):
     model = tiny()
     monkeypatch.setattr(chooser, "accept_sampled", rule)

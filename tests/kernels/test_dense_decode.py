@@ -20,9 +20,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
-def chunk_logits(limit: int | None) -> Iterator[None]:
+def chunk_logits(limit: int | None, queries_first: bool = False) -> Iterator[None]:
     """Walk the cache in chunks of ``limit`` logits (16 tokens at least); None: as shipped."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "is_intel", lambda: queries_first)
         if limit is not None:
             patch.setattr(MODULE, "_CHUNK_LOGITS", limit)
         yield
@@ -53,9 +54,10 @@ def check(case: Case, kind: str | None = None) -> None:
     cases(),
     st.sampled_from((None, *SCORE_KINDS)),
     st.sampled_from((1, 256, 1024, None)),
+    st.booleans(),
 )
-def test_any_case_equals_exact_attention(case, kind, chunk):
-    with chunk_logits(chunk):
+def test_any_case_equals_exact_attention(case, kind, chunk, queries_first):
+    with chunk_logits(chunk, queries_first):
         check(case, kind)
 
 
@@ -76,11 +78,12 @@ def test_the_error_is_no_more_than_twice_that_of_plain_attention_in_the_same_dty
     assert (out - exact).abs().amax() <= 2 * (plain - exact).abs().amax() + 2 * unit
 
 
+@pytest.mark.parametrize("queries_first", [False, True])
 @pytest.mark.parametrize("kind", [None, *SCORE_KINDS])
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33, 48, 100, 161])
-def test_chunk_edges_lose_and_repeat_no_token(tokens, kind):
+def test_chunk_edges_lose_and_repeat_no_token(tokens, kind, queries_first):
     case = make_case(2, 2, 3, 16, tokens, ends=[tokens, tokens - 1], starts=[0, tokens // 3])
-    with chunk_logits(1):
+    with chunk_logits(1, queries_first):
         check(case, kind)
 
 

@@ -27,11 +27,14 @@ def backend(request):
 
 
 @contextmanager
-def small_steps(backend: str, tokens: int = 16, rows: int | None = None) -> Iterator[None]:
+def small_steps(
+    backend: str, tokens: int = 16, rows: int | None = None, queries_first: bool = False
+) -> Iterator[None]:
     """Chunks and tiles of so few tokens, and tiles of so few queries, that there are many."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "torch":
             patch.setattr(PLAIN, "_CHUNK_LOGITS", 64)
+            patch.setattr(PLAIN, "is_intel", lambda: queries_first)
         else:
             twin = importlib.import_module("tidaldecode.kernels.triton.dense_decode")
             splitk = importlib.import_module("tidaldecode.kernels.triton._splitk")
@@ -79,9 +82,9 @@ def check(case: Case, count: int, backend: str) -> None:
 
 
 @settings(max_examples=2 * EXAMPLES, deadline=None, derandomize=True)
-@given(cases(), st.integers(1, 17))
-def test_the_plain_path_equals_exact_attention(case, count):
-    with small_steps("torch"):
+@given(cases(), st.integers(1, 17), st.booleans())
+def test_the_plain_path_equals_exact_attention(case, count, queries_first):
+    with small_steps("torch", queries_first=queries_first):
         check(case, count, "torch")
 
 

@@ -1,5 +1,7 @@
 """sparse_decode against exact attention to the selected tokens alone."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,8 @@ from reference_attention import assert_attends_exactly, attention
 
 from tidaldecode.errors import TidalError
 from tidaldecode.kernels import Selection, dense_decode, sparse_decode
+
+MODULE = importlib.import_module("tidaldecode.kernels.sparse_decode")
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -72,10 +76,14 @@ def test_any_selection_equals_exact_attention_to_it_with_poison_elsewhere(
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
-@given(cases(), granularities, shares, st.integers(0, 3))
-def test_sets_of_different_sizes_equal_exact_attention_to_them(case, granularity, share, spare):
+@given(cases(), granularities, shares, st.integers(0, 3), st.booleans())
+def test_sets_of_different_sizes_equal_exact_attention_to_them(
+    case, granularity, share, spare, queries_first
+):
     chosen = choose(case, sets_of(case, granularity), share, ragged=True)
-    check(case, chosen, chosen.any(1), spare)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "is_intel", lambda: queries_first)
+        check(case, chosen, chosen.any(1), spare)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

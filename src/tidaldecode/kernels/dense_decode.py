@@ -22,9 +22,10 @@ from tidaldecode.kernels.contract import (
 )
 from tidaldecode.kernels.dispatch import resolve_backend
 from tidaldecode.kernels.partition import parts
+from tidaldecode.processor import is_intel
 
-_CHUNK_LOGITS = 1 << 18
-"""Logits of one chunk: one megabyte."""
+_CHUNK_LOGITS = 1 << 19
+"""Logits of one chunk: two megabytes."""
 
 
 def dense_decode(
@@ -143,24 +144,29 @@ def _dense_row(
     """
     kv_heads, group, _ = q.shape
     length = end - start
+    # MKL's products of few rows with many keys run at memory speed, but on Intel's processors alone.
+    queries_first = is_intel()
     chunk = min(length, max(1, _CHUNK_LOGITS // (kv_heads * group)))
     usual = -(-length // chunk)
     if parts(usual) != usual:
         chunk = -(-length // parts(usual))
     # Two buffers, not two a chunk: memory given back and taken anew costs a page fault a page.
-    products = torch.empty(chunk * kv_heads * group, device=q.device)
+    products = torch.empty(0 if queries_first else chunk * kv_heads * group, device=q.device)
     buffer = torch.empty((chunk if keep is None else length) * kv_heads * group, device=q.device)
     outs, peaks, totals, scored = [], [], [], []
     for first in range(start, end, chunk):
         last = min(first + chunk, end)
         keys = layout.read_range(k, block_table, row, first, last).float()
         values = layout.read_range(v, block_table, row, first, last).float()
-        # Keys first: a product with few columns runs at memory speed, one with few rows does not.
-        logits = _cut(products, 0, (kv_heads, last - first, group))
-        torch.bmm(keys, q.transpose(1, 2), out=logits)
         offset = 0 if keep is None else (first - start) * kv_heads * group
         weights = _cut(buffer, offset, (kv_heads, group, last - first))
-        weights.copy_(logits.transpose(1, 2))
+        if queries_first:
+            torch.bmm(q, keys.transpose(1, 2), out=weights)
+        else:
+            # A product with few columns runs at memory speed everywhere else.
+            logits = _cut(products, 0, (kv_heads, last - first, group))
+            torch.bmm(keys, q.transpose(1, 2), out=logits)
+            weights.copy_(logits.transpose(1, 2))
         if limits is not None:
             hidden = torch.arange(first, last, device=q.device) >= limits[:, None]
             weights.masked_fill_(hidden, -torch.inf)

@@ -12,6 +12,7 @@ from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import check_attention_inputs
 from tidaldecode.kernels.dispatch import resolve_backend
 from tidaldecode.kernels.select_tokens import Selection
+from tidaldecode.processor import is_intel
 
 _LOWEST = torch.finfo(torch.float32).min
 _TINY = torch.finfo(torch.float32).tiny
@@ -137,9 +138,13 @@ def _sparse_row(
         return layout.gather(cache, block_table, row, heads[block], positions).float()
 
     blocks = [slice(first, first + step) for first in range(0, sets, step)]
-    # Keys first: a product with few columns runs at memory speed, one with few rows does not.
-    columns = torch.cat([torch.bmm(rows(k, block), q[block].transpose(1, 2)) for block in blocks])
-    logits = columns.transpose(1, 2).contiguous()
+    # The faster way round, as in dense_decode.
+    if is_intel():
+        found = [torch.bmm(q[block], rows(k, block).transpose(1, 2)) for block in blocks]
+        logits = torch.cat(found)
+    else:
+        found = [torch.bmm(rows(k, block), q[block].transpose(1, 2)) for block in blocks]
+        logits = torch.cat(found).transpose(1, 2).contiguous()
     if padded is not None:
         padded = padded.expand(sets, -1)
         logits.masked_fill_(padded[:, None], -torch.inf)
