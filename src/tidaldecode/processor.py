@@ -16,7 +16,7 @@ def processor_name() -> str:
 @functools.cache
 def is_intel() -> bool:
     """Whether Intel made it, for which MKL has kernels that it keeps from others."""
-    return _told("vendor_id") == "GenuineIntel" or "GenuineIntel" in platform.processor()
+    return "GenuineIntel" in (_told("vendor_id") or platform.processor())
 
 
 def _told(field: str) -> str:

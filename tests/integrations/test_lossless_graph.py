@@ -6,6 +6,7 @@ On a CPU the steps that a GPU captures run one by one, so that all but the captu
 from __future__ import annotations
 
 import importlib
+import weakref
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import tidaldecode
 from tidaldecode import TidalError, graph_generate
 from tidaldecode.algorithm.speculation import Verdict
+from tidaldecode.errors import ShortOfMemoryError
 from tidaldecode.integrations.transformers import compiler
 from tidaldecode.integrations.transformers.captured_rounds import CapturedRounds, Round
 from tidaldecode.integrations.transformers.lossless_graph import RoundLoop, plain_rows
@@ -37,6 +39,7 @@ STEP, VERIFY, HANDLE, LAYERS = (
     importlib.import_module(f"tidaldecode.integrations.transformers.{name}")
     for name in ("decode_step", "verify_step", "handle", "step_layers")
 )
+ATTENTION = importlib.import_module("tidaldecode.algorithm.attention")
 PLAIN = {"output_logits": False, "return_dict_in_generate": False}
 CAPTURED = {**PLAIN, "custom_generate": graph_generate}
 
@@ -78,13 +81,23 @@ def test_rows_that_have_ended_rest(rows, selection, monkeypatch):
     ids, mask = padded_batch()
     settings = {**LOSSLESS, "draft_tokens": 3, "draft_selection": selection}
     attended = []
-    step_dense = LAYERS.dense_decode
 
-    def watched(q, k, v, seq_lens, *, starts, **options):
-        attended.append((seq_lens - starts).tolist())
-        return step_dense(q, k, v, seq_lens, starts=starts, **options)
+    def watch(module, name):
+        kernel = getattr(module, name)
 
-    monkeypatch.setattr(LAYERS, "dense_decode", watched)
+        def watched(q, k, v, lengths, **options):
+            # Of a selection its counts, [B, R]; else the rows' ends.
+            found = (
+                lengths.counts.amax(1) if name == "sparse_decode" else lengths - options["starts"]
+            )
+            attended.append(found.tolist())
+            return kernel(q, k, v, lengths, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(LAYERS, "dense_decode")
+    for name in ("dense_decode", "dense_select", "sparse_decode"):
+        watch(ATTENTION, name)
     with tidaldecode.enable(model, **settings) as handle:
         verdicts, caches = [], []
         for resting in ((), rows):
@@ -107,6 +120,23 @@ def test_rows_that_have_ended_rest(rows, selection, monkeypatch):
         for row in rows:
             start = PROMPT - int(mask[row].sum())
             assert torch.equal(rested[row, :, start:], kept[row, :, start:])
+
+
+def test_a_round_that_is_short_of_memory_gives_all_of_it_back(monkeypatch):
+    model = build("Llama")
+    ids, mask = padded_batch()
+
+    def fail(self):
+        raise ShortOfMemoryError("memory: too little")
+
+    monkeypatch.setattr(VERIFY.VerifyStep, "prepare", fail)
+    with tidaldecode.enable(model, **{**LOSSLESS, "draft_tokens": 3}) as handle:
+        rounds = CapturedRounds(model, handle.config, handle.plan, batch=4, capacity=80)
+        rounds.begin(rounds.prefill(ids, mask).argmax(-1, keepdim=True), PROMPT + 1, PROMPT + 20)
+        keys = weakref.ref(rounds.draft.cache.layers[0].keys)
+        with pytest.raises(ShortOfMemoryError) as kept:
+            rounds.launch(3)
+        assert kept.value is not None and keys() is None
 
 
 def test_a_row_rests_once_its_text_has_ended(monkeypatch):

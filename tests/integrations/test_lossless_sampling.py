@@ -24,7 +24,6 @@ class SkewedSteps(SpeculativeSteps):
 
 
 @pytest.mark.parametrize("name", WARPERS)
-@pytest.mark.distribution
 def test_texts_have_full_attentions_distribution(name):
     model, options = tiny(), WARPERS[name]
     chances = exact(model, **options)

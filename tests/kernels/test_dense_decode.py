@@ -87,11 +87,15 @@ def test_chunk_edges_lose_and_repeat_no_token(tokens, kind, queries_first):
         check(case, kind)
 
 
-@pytest.mark.parametrize("beyond", [-1, 0, 1, 9361])
-def test_contexts_around_the_shipped_chunk_size_equal_exact_attention(beyond):
-    chunk = MODULE._CHUNK_LOGITS // 28 // 16 * 16
-    tokens = chunk + beyond
-    check(make_case(1, 4, 7, 16, tokens, sharpness=3.0, layout="transposed"), "shared")
+@pytest.mark.parametrize("queries_first", [False, True])
+@pytest.mark.parametrize("chunks, beyond", [(1, -1), (1, 0), (1, 1), (2, 1)])
+def test_contexts_around_the_shipped_chunk_size_equal_exact_attention(
+    chunks, beyond, queries_first
+):
+    chunk = (MODULE._CHUNK_LOGITS << queries_first) // 28
+    case = make_case(1, 4, 7, 16, chunks * chunk + beyond, sharpness=3.0, layout="transposed")
+    with chunk_logits(None, queries_first):
+        check(case, "shared")
 
 
 def test_the_peak_logit_may_lie_in_any_chunk():

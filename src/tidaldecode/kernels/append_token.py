@@ -21,8 +21,8 @@ def append_token(
     """Write ``k, v [B, Hkv, D]`` into strided caches ``[B, Hkv, S_max, D]`` at ``seq_lens - 1``.
 
     Or ``[B, T, Hkv, D]``, several tokens of each row, at ``seq_lens - T`` and after. ``seq_lens [B]``
-    int32 counts the new tokens already; what would come before the first place is not written. At most
-    S_max (in Triton tokens behind it are not written either).
+    int32 counts the new tokens already, and neither T nor any of them is more than S_max. A token whose
+    place lies before the first is not written (in Triton one behind the last is not either).
 
     Errors: `TidalError` naming the argument that breaks the contract.
     """

@@ -24,8 +24,8 @@ from tidaldecode.kernels.dispatch import resolve_backend
 from tidaldecode.kernels.partition import parts
 from tidaldecode.processor import is_intel
 
-_CHUNK_LOGITS = 1 << 19
-"""Logits of one chunk: two megabytes."""
+_CHUNK_LOGITS = 1 << 18
+"""Logits of one chunk: one megabyte; twice as many where one buffer does instead of two."""
 
 
 def dense_decode(
@@ -145,12 +145,13 @@ def _dense_row(
     kv_heads, group, _ = q.shape
     length = end - start
     # MKL's products of few rows with many keys run at memory speed, but on Intel's processors alone.
-    queries_first = is_intel()
-    chunk = min(length, max(1, _CHUNK_LOGITS // (kv_heads * group)))
+    queries_first = q.device.type == "cpu" and is_intel()
+    logits_at_once = _CHUNK_LOGITS << queries_first
+    chunk = min(length, max(1, logits_at_once // (kv_heads * group)))
     usual = -(-length // chunk)
     if parts(usual) != usual:
         chunk = -(-length // parts(usual))
-    # Two buffers, not two a chunk: memory given back and taken anew costs a page fault a page.
+    # One or two buffers for all chunks: memory given back and taken anew costs a page fault a page.
     products = torch.empty(0 if queries_first else chunk * kv_heads * group, device=q.device)
     buffer = torch.empty((chunk if keep is None else length) * kv_heads * group, device=q.device)
     outs, peaks, totals, scored = [], [], [], []

@@ -139,7 +139,7 @@ def _sparse_row(
 
     blocks = [slice(first, first + step) for first in range(0, sets, step)]
     # The faster way round, as in dense_decode.
-    if is_intel():
+    if q.device.type == "cpu" and is_intel():
         found = [torch.bmm(q[block], rows(k, block).transpose(1, 2)) for block in blocks]
         logits = torch.cat(found)
     else:

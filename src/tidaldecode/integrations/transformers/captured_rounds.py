@@ -18,7 +18,7 @@ import torch
 from tidaldecode.algorithm import HeldSelections, LayerPlan
 from tidaldecode.algorithm.draft_length import longest_draft
 from tidaldecode.config import TidalConfig
-from tidaldecode.errors import TidalError
+from tidaldecode.errors import ShortOfMemoryError, TidalError
 from tidaldecode.integrations.transformers.decode_step import DecodeStep
 from tidaldecode.integrations.transformers.follow_step import FollowStep
 from tidaldecode.integrations.transformers.footprint import kv_reads
@@ -166,7 +166,16 @@ class CapturedRounds:
         """Capture what a round with drafts of ``length`` tokens needs, and stand where it begins.
 
         It may take a minute where steps are compiled first, which no clock of a round should see.
+
+        Errors: `TidalError` as `launch`; when memory is short, all of the rounds' is given back.
         """
+        try:
+            return self._prepare(length)
+        except ShortOfMemoryError:
+            self.close()
+            raise
+
+    def _prepare(self, length: int) -> ScoreStep:
         verify = self.verifier(length)
         verify.prepare()
         if length:

@@ -230,7 +230,7 @@ class DecodeStep:
             return call()
         except torch.cuda.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
-        # Outside the except clause, and of every with: the traceback keeps what the call allocated.
+        # Outside the except clause and outside any with: their errors keep what the call allocated.
         self.close()
         _, shape = inspect_model(self.model)
         token = 2 * shape.num_layers * shape.kv_heads * shape.head_dim * self.model.dtype.itemsize
