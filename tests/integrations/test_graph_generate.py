@@ -28,6 +28,7 @@ from tidaldecode.integrations.transformers.static_cache import FixedLayer
 from tidaldecode.kernels import dispatch
 
 HANDLE = importlib.import_module("tidaldecode.integrations.transformers.handle")
+PLAIN = {"output_logits": False, "return_dict_in_generate": False}
 MODELS = ["Llama", "Qwen3", "Gemma3"]
 WAYS = {
     "greedy": {},
@@ -255,6 +256,36 @@ def test_the_error_keeps_no_memory_of_the_call_that_failed(monkeypatch):
         assert kept.value is not None and [one() for one in taken] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("budget", [8, 200])
+@pytest.mark.parametrize("way", ["greedy", "sampling"])
+def test_rows_that_have_ended_rest(way, budget, monkeypatch):
+    model = build("Llama")
+    ids, mask = left_padded([prompt(40), prompt(23, seed=1), prompt(9, seed=2)])
+    options = {"attention_mask": mask, **WAYS[way], "tokens": 45, **PLAIN}
+    lengths = []
+    step = DecodeStep.replay
+
+    def watched(self):
+        lengths.append((self.seq_lens - self.starts).tolist())
+        step(self)
+        if not all(lengths[-1]):
+            # What a resting row holds stays as it is, from its first token on.
+            row = lengths[-1].index(0)
+            kept = self.cache.layers[1].keys[row, :, int(self.starts[row]) :].clone()
+            assert row not in held or torch.equal(held[row], kept)
+            held[row] = kept
+
+    with tidaldecode.enable(model, **{**SMALL, "budget": budget}):
+        text = run(model, ids, custom_generate=graph_generate, **options)
+        ends = {"eos_token_id": int(text[0, 46]), "pad_token_id": 0}
+        expected = run(model, ids, **options, **ends)
+        held = {}
+        monkeypatch.setattr(DecodeStep, "replay", watched)
+        found = run(model, ids, custom_generate=graph_generate, **options, **ends)
+    assert torch.equal(found, expected)
+    assert all(lengths[0]) and not all(lengths[-1]) and held
 
 
 class Collector(BaseStreamer):

@@ -134,6 +134,14 @@ class DecodeStep:
         self._pace.copy_(seq_lens > self.starts)
         self._position_ids.copy_((seq_lens - 1 - self.starts).clamp(min=0)[:, None])
 
+    def rest(self, rows: torch.Tensor) -> None:
+        """Let ``rows [B]``, booleans on the device, read and write nothing until the next rows come.
+
+        Their logits are void from then on.
+        """
+        self.seq_lens.copy_(torch.where(rows, self.starts, self.seq_lens))
+        self._pace.masked_fill_(rows, 0)
+
     def prepare(self) -> None:
         """Capture the step if that is still to be done; needs a prefilled cache."""
         if self.tokens.is_cuda and self._graph is None:

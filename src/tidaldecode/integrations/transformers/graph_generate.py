@@ -201,6 +201,7 @@ class _Loop:
         drawn[:, 0] = step.tokens[:, 0]
         count = 1
         while count < new_tokens and not self._all_ended(drawn[:, :count]):
+            self._rest(self._ended(drawn[:, :count])[:, -1])
             for _ in range(min(CHECK_EVERY, new_tokens - count)):
                 step.run()
                 drawn[:, count] = step.tokens[:, 0]
@@ -232,11 +233,17 @@ class _Loop:
             unfinished = unfinished & ~self.criteria(ids, self.scores)
             if not unfinished.any():
                 break
+            self._rest(unfinished == 0)
             self.step.tokens.copy_(drawn[:, None])
             logits = self.step.run()
         if self.streamer is not None:
             self.streamer.end()
         return self._result(ids)
+
+    def _rest(self, ended: torch.Tensor) -> None:
+        """Spare the rows that have ended ``[B]``, but where their logits are recorded."""
+        if self.eos is not None and not self.records:
+            self.step.rest(ended.to(self.step.tokens.device))
 
     def _ended(self, drawn: torch.Tensor) -> torch.Tensor:
         """``[B, n]``: whether a row has ended before or with each of its tokens."""
