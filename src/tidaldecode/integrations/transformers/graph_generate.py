@@ -233,7 +233,8 @@ class _Loop:
             unfinished = unfinished & ~self.criteria(ids, self.scores)
             if not unfinished.any():
                 break
-            self._rest(unfinished == 0)
+            if (ids.shape[1] - self.ids.shape[1]) % CHECK_EVERY == 0:
+                self._rest(unfinished == 0)
             self.step.tokens.copy_(drawn[:, None])
             logits = self.step.run()
         if self.streamer is not None:
