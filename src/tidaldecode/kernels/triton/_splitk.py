@@ -22,7 +22,11 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E = 1.4426950408889634
 
 _MERGED_SPLITS = 32
-"""Partial outputs that a merge holds in registers at a time."""
+"""Partial outputs of one head that a merge holds in registers at a time."""
+_MERGED = 4096
+"""Their numbers, over all heads of a program."""
+_PROGRAMS = 4
+"""Programs a processor that are enough to keep it busy."""
 
 
 @triton.jit
@@ -61,43 +65,49 @@ def store_nothing(split, splits, number, kept, part_lse, ROWS: tl.constexpr):
     tl.store(part_lse + slot, tl.full([ROWS], float("-inf"), tl.float32), mask=kept)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "numbers"])
 def _merge_kernel(
-    part_out, part_lse, out, lse, splits,
+    part_out, part_lse, out, lse, splits, numbers,
+    HEADS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program for each head of each query; it merges their splits."""
+    """Grid ``(ceil(numbers / HEADS),)``: a program merges the splits of ``HEADS`` heads of queries."""
     wait_for_predecessor(OVERLAP)
-    query = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS)
+    known = head < numbers
     channel = tl.arange(0, DP)
-    peak = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([DP], tl.float32)
+    peak = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, DP], tl.float32)
     for first in range(0, splits, AT_ONCE):
         split = first + tl.arange(0, AT_ONCE)
-        slot = query * splits + split
-        part = tl.load(part_lse + slot, mask=split < splits, other=float("-inf"))
+        slot = head[:, None] * splits + split[None, :]
+        wanted = known[:, None] & (split < splits)[None, :]
+        part = tl.load(part_lse + slot, mask=wanted, other=float("-inf"))
         there = part > float("-inf")
-        new_peak = tl.maximum(peak, tl.max(part, 0))
+        new_peak = tl.maximum(peak, tl.max(part, 1))
         safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(part - safe_peak)
+        weight = tl.exp2(part - safe_peak[:, None])
         old = tl.exp2(peak - safe_peak)
         values = tl.load(
-            part_out + slot[:, None] * D + channel[None, :],
-            mask=there[:, None] & (channel < D)[None, :],
+            part_out + slot[:, :, None] * D + channel[None, None, :],
+            mask=there[:, :, None] & (channel < D)[None, None, :],
             other=0.0,
         )
-        acc = acc * old + tl.sum(values * weight[:, None], 0)
-        total = total * old + tl.sum(weight, 0)
+        acc = acc * old[:, None] + tl.sum(values * weight[:, :, None], 1)
+        total = total * old + tl.sum(weight, 1)
         peak = new_peak
     full = total > 0
     safe = tl.where(full, total, 1.0)
-    tl.store(out + query * D + channel, (acc / safe).to(out.dtype.element_ty), mask=channel < D)
-    one = tl.arange(0, 1)
-    tl.store(lse + query + one, tl.where(full, (peak + tl.log2(safe)) * LN2, float("-inf")))
+    tl.store(
+        out + head[:, None] * D + channel[None, :],
+        (acc / safe[:, None]).to(out.dtype.element_ty),
+        mask=known[:, None] & (channel < D)[None, :],
+    )
+    tl.store(lse + head, tl.where(full, (peak + tl.log2(safe)) * LN2, float("-inf")), mask=known)
 
 
 @dataclass(frozen=True)
@@ -133,12 +143,16 @@ class SplitOutputs:
         """Merge the parts, if there are any."""
         if self.splits == 1:
             return
-        head_dim = self.out.shape[-1]
-        _merge_kernel[(self.lse.numel(),)](
-            self.part_out, self.part_lse, self.out, self.lse, self.splits,
-            AT_ONCE=min(_MERGED_SPLITS, triton.next_power_of_2(self.splits)),
+        head_dim, numbers = self.out.shape[-1], self.lse.numel()
+        padded_dim = triton.next_power_of_2(head_dim)
+        at_once = min(_MERGED_SPLITS, triton.next_power_of_2(self.splits))
+        heads = heads_at_once(numbers, at_once * padded_dim, _MERGED, self.out.device)
+        _merge_kernel[(triton.cdiv(numbers, heads),)](
+            self.part_out, self.part_lse, self.out, self.lse, self.splits, numbers,
+            HEADS=heads,
+            AT_ONCE=at_once,
             D=head_dim,
-            DP=triton.next_power_of_2(head_dim),
+            DP=padded_dim,
             num_warps=4,
             **overlap(self.out.device),
         )  # fmt: skip
@@ -148,6 +162,18 @@ def split_count(heads: int, most: int, device: torch.device, per_processor: int 
     """Splits of each of ``heads`` (over the batch), at most ``most``, that just fill the device."""
     usual = max(1, min(most, per_processor * processors(device) // max(heads, 1)))
     return min(max(most, 1), parts(usual))
+
+
+def heads_at_once(heads: int, elements: int, most: int, device: torch.device) -> int:
+    """Heads, a power of two, that a program takes where there are many: launching one costs time too.
+
+    Args:
+        elements: what a program holds of one head.
+        most: what a program may hold.
+    """
+    spare = heads // (_PROGRAMS * processors(device))
+    fitting = most // elements
+    return 1 << (max(1, min(spare, fitting)).bit_length() - 1)
 
 
 def processors(device: torch.device) -> int:

@@ -30,9 +30,9 @@ def _rms_norm_kernel(
 
 @triton.jit
 def inverse_rms(value, eps, INPUTS: tl.constexpr):
-    """What a row of ``INPUTS`` channels is multiplied by, fp32; channels beyond them hold zeros."""
+    """What rows ``[..., BLOCK]`` are multiplied by, fp32; channels beyond ``INPUTS`` hold zeros."""
     wide = value.to(tl.float32)
-    return tl.rsqrt(tl.sum(wide * wide) / INPUTS + eps)
+    return tl.rsqrt(tl.sum(wide * wide, -1, keep_dims=True) / INPUTS + eps)
 
 
 @triton.jit
