@@ -25,22 +25,57 @@ _MERGED_SPLITS = 32
 """Partial outputs of one head that a merge holds in registers at a time."""
 _MERGED = 4096
 """Their numbers, over all heads of a program."""
-_PROGRAMS = 4
-"""Programs a processor that are enough to keep it busy."""
+
+
+@triton.jit
+def find_part(
+    item, seq_lens, starts, row_cuts, batch, most, share, spare, noting,
+    BATCH: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """``(row, part, parts, first)``: which part of which row ``item`` is; the row is ``batch`` if none.
+
+    The lengths of a batch are known on the device alone, so every program looks. A row without tokens
+    has no part; each other one has one, and its share, by tokens, of what is left then. Rows of one
+    length get equally many, of ``share`` in all; where that is less than two, long rows get some of
+    ``spare`` parts more. ``first`` is the item of the row's first part; with ``noting`` all rows' are
+    written to ``row_cuts``.
+    """
+    rows = tl.arange(0, BATCH)
+    there = rows < batch
+    lengths = tl.load(seq_lens + rows, mask=there, other=0)
+    if PADDED:
+        lengths -= tl.load(starts + rows, mask=there, other=0)
+    lengths = tl.maximum(lengths, 0)
+    total = tl.maximum(tl.sum(lengths, 0), 1)
+    filled = tl.sum((lengths > 0).to(tl.int32), 0)
+    items = tl.maximum(
+        share, tl.where(2 * filled > share, filled + tl.minimum(spare, filled - 1), 0)
+    )
+    more = (lengths.to(tl.int64) * (items - filled) // total).to(tl.int32)
+    parts = tl.where(lengths > 0, tl.minimum(1 + more, most), 0)
+    up_to = tl.cumsum(parts, 0)
+    if noting:
+        tl.store(row_cuts + rows * 2, up_to - parts, mask=there)
+        tl.store(row_cuts + rows * 2 + 1, parts, mask=there)
+    earlier = there & (up_to <= item)
+    row = tl.sum(earlier.to(tl.int32), 0)
+    first = tl.sum(tl.where(earlier, parts, 0), 0)
+    return row, item - first, tl.sum(tl.where(rows == row, parts, 0), 0), first
 
 
 @triton.jit
 def store_split(
-    acc, peak, total, split, splits, number, kept, part_out, part_lse, out, lse,
+    acc, peak, total, slot, number, kept, part_out, part_lse, out, lse, alone,
     SPLIT: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
 ):  # fmt: skip
-    """Store what one of several splits found, or, without ``SPLIT``, the result itself.
+    """Store what one of several splits found, or, without ``SPLIT`` or ``alone``, the result itself.
 
     ``acc [ROWS, DP]`` unnormalised, ``peak, total [ROWS]``; ``number [ROWS]`` counts the heads of all
-    queries over the batch, of which those ``kept`` are real. Parts: ``part_out [numbers, splits, D]``,
-    ``part_lse [numbers, splits]``.
+    queries over the batch, of which those ``kept`` are real, and ``slot [ROWS]`` their parts:
+    ``part_out [slots, D]``, ``part_lse [slots]``.
     """
     channel = tl.arange(0, DP)
     inside = kept[:, None] & (channel < D)[None, :]
@@ -48,44 +83,61 @@ def store_split(
     normal = acc / tl.where(full, total, 1.0)[:, None]
     lse2 = tl.where(full, peak + tl.log2(tl.where(full, total, 1.0)), float("-inf"))
     query = number.to(tl.int64)
-    if not SPLIT:
-        target = out + query[:, None] * D + channel[None, :]
+    target = out + query[:, None] * D + channel[None, :]
+    if SPLIT:
+        if alone:
+            tl.store(target, normal.to(out.dtype.element_ty), mask=inside)
+            tl.store(lse + query, lse2 * LN2, mask=kept)
+        else:
+            tl.store(part_out + slot[:, None] * D + channel[None, :], normal, mask=inside)
+            tl.store(part_lse + slot, lse2, mask=kept)
+    else:
         tl.store(target, normal.to(out.dtype.element_ty), mask=inside)
         tl.store(lse + query, lse2 * LN2, mask=kept)
-    else:
-        slot = query * splits + split
-        tl.store(part_out + slot[:, None] * D + channel[None, :], normal, mask=inside)
-        tl.store(part_lse + slot, lse2, mask=kept)
 
 
 @triton.jit
-def store_nothing(split, splits, number, kept, part_lse, ROWS: tl.constexpr):
-    """Mark a split that has no tokens; its part of the output is never read."""
-    slot = number.to(tl.int64) * splits + split
+def store_nothing(slot, kept, part_lse, ROWS: tl.constexpr):
+    """Mark a part that has no tokens; what it would store of the output is never read."""
     tl.store(part_lse + slot, tl.full([ROWS], float("-inf"), tl.float32), mask=kept)
 
 
-@triton.jit(do_not_specialize=["splits", "numbers"])
+@triton.jit(do_not_specialize=["splits", "numbers", "row_heads"])
 def _merge_kernel(
-    part_out, part_lse, out, lse, splits, numbers,
+    part_out, part_lse, row_cuts, out, lse, splits, numbers, row_heads,
+    CUT: tl.constexpr,
     HEADS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(ceil(numbers / HEADS),)``: a program merges the splits of ``HEADS`` heads of queries."""
+    """Grid ``(ceil(numbers / HEADS),)``: a program merges the splits of ``HEADS`` heads of queries.
+
+    ``CUT``: each row has those that ``row_cuts [B, 2]`` says, and ``splits`` counts those of all rows.
+    """
     wait_for_predecessor(OVERLAP)
     head = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS)
     known = head < numbers
+    if CUT:
+        row = head // row_heads
+        begin = (head - row * row_heads) * splits + tl.load(row_cuts + row * 2, mask=known, other=0)
+        count = tl.load(row_cuts + row * 2 + 1, mask=known, other=0)
+        # What one program did alone is no part: the result is there. Rows of no parts are empty.
+        known = known & (count != 1)
+        most = tl.max(tl.where(known, count, 0), 0)
+    else:
+        begin = head * splits
+        count = tl.full([HEADS], 0, tl.int32) + splits
+        most = splits
     channel = tl.arange(0, DP)
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, DP], tl.float32)
-    for first in range(0, splits, AT_ONCE):
+    for first in range(0, most, AT_ONCE):
         split = first + tl.arange(0, AT_ONCE)
-        slot = head[:, None] * splits + split[None, :]
-        wanted = known[:, None] & (split < splits)[None, :]
+        slot = begin[:, None] + split[None, :]
+        wanted = known[:, None] & (split[None, :] < count[:, None])
         part = tl.load(part_lse + slot, mask=wanted, other=float("-inf"))
         there = part > float("-inf")
         new_peak = tl.maximum(peak, tl.max(part, 1))
@@ -111,6 +163,48 @@ def _merge_kernel(
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """Into how many parts the rows of a batch are cut."""
+
+    items: int
+    """Programs of one head over all rows."""
+    most: int
+    """Most parts of a row."""
+    share: int | None = None
+    """Parts of one head over all rows, which have them by their lengths; None: each has ``most``."""
+    spare: int = 0
+    """Parts for long rows where the share is used up by one part a row."""
+
+    @classmethod
+    def even(cls, batch: int, splits: int) -> Cuts:
+        """Every row in ``splits`` parts."""
+        return cls(batch * splits, splits)
+
+    @classmethod
+    def by_length(
+        cls, batch: int, heads: int, most: int, device: torch.device, per_processor: int = 1
+    ) -> Cuts:
+        """At most ``most`` parts a row, which just fill the device, whatever the rows' lengths.
+
+        Args:
+            heads: programs that one part of a row takes.
+            per_processor: programs that a multiprocessor runs at a time.
+        """
+        if batch <= 1:
+            return cls.even(batch, split_count(heads, most, device, per_processor))
+        share = max(1, per_processor * processors(device) // heads)
+        even = max(1, share // batch)
+        if parts(even) != even:
+            share = parts(even) * batch
+        if share == 1 or most <= 1:
+            return cls.even(batch, 1)
+        # More programs than run at a time would be spread unevenly over the multiprocessors.
+        spare = share // per_processor
+        items = max(share, batch + min(spare, batch - 1) if 2 * batch > share else 0)
+        return cls(items, most, share, spare)
+
+
+@dataclass(frozen=True)
 class SplitOutputs:
     """Results of a split-K kernel, and the parts that they are merged from."""
 
@@ -120,35 +214,44 @@ class SplitOutputs:
     """``[B, Hq]`` or ``[B, T, Hq]`` fp32."""
     part_out: torch.Tensor
     part_lse: torch.Tensor
-    splits: int
+    row_cuts: torch.Tensor | None
+    """``[B, 2]`` int32: a row's first item and its parts, where these follow from the lengths."""
+    cuts: Cuts
 
     @classmethod
-    def make(cls, q: torch.Tensor, splits: int, out: torch.Tensor | None = None) -> SplitOutputs:
+    def make(cls, q: torch.Tensor, cuts: Cuts, out: torch.Tensor | None = None) -> SplitOutputs:
         """Uninitialised memory for queries ``[B, Hq, D]`` or ``[B, T, Hq, D]``.
 
         ``out``, if given, is part of it.
         """
         head_dim = q.shape[-1]
-        parts = math.prod(q.shape[:-1]) * splits if splits > 1 else 0
+        parts = math.prod(q.shape[1:-1]) * cuts.items if cuts.most > 1 else 0
         memory = torch.empty(parts * (head_dim + 1), dtype=torch.float32, device=q.device)
+        by_length = cuts.share is not None
         return cls(
             torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out,
             torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device),
             memory[: parts * head_dim],
             memory[parts * head_dim :],
-            splits,
+            torch.empty(len(q), 2, dtype=torch.int32, device=q.device) if by_length else None,
+            cuts,
         )
 
     def merge(self) -> None:
         """Merge the parts, if there are any."""
-        if self.splits == 1:
+        if self.cuts.most == 1:
             return
         head_dim, numbers = self.out.shape[-1], self.lse.numel()
         padded_dim = triton.next_power_of_2(head_dim)
-        at_once = min(_MERGED_SPLITS, triton.next_power_of_2(self.splits))
+        share = self.cuts.share
+        splits = self.cuts.most if share is None else min(self.cuts.most, share)
+        at_once = min(_MERGED_SPLITS, triton.next_power_of_2(splits))
         heads = heads_at_once(numbers, at_once * padded_dim, _MERGED, self.out.device)
         _merge_kernel[(triton.cdiv(numbers, heads),)](
-            self.part_out, self.part_lse, self.out, self.lse, self.splits, numbers,
+            self.part_out, self.part_lse, self.row_cuts, self.out, self.lse,
+            splits if share is None else self.cuts.items,
+            numbers, numbers // len(self.lse),
+            CUT=share is not None,
             HEADS=heads,
             AT_ONCE=at_once,
             D=head_dim,
@@ -171,7 +274,7 @@ def heads_at_once(heads: int, elements: int, most: int, device: torch.device) ->
         elements: what a program holds of one head.
         most: what a program may hold.
     """
-    spare = heads // (_PROGRAMS * processors(device))
+    spare = heads // processors(device)
     fitting = most // elements
     return 1 << (max(1, min(spare, fitting)).bit_length() - 1)
 

@@ -15,8 +15,9 @@ from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import (
     LOG2E,
+    Cuts,
     SplitOutputs,
-    split_count,
+    find_part,
     store_nothing,
     store_split,
 )
@@ -76,10 +77,10 @@ def _attend_tile(
     return new_peak, total, acc
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["batch", "most", "share", "spare"])
 def _dense_kernel(
-    q, k, v, seq_lens, starts, block_table, out, lse, logits, part_out, part_lse,
-    scale, table_stride, block_size, logits_width, splits,
+    q, k, v, seq_lens, starts, block_table, out, lse, logits, part_out, part_lse, row_cuts,
+    scale, table_stride, block_size, logits_width, batch, most, share, spare,
     q_row, q_query, q_head, q_channel,
     k_row, k_head, k_token, k_channel,
     v_row, v_head, v_token, v_channel,
@@ -94,24 +95,35 @@ def _dense_kernel(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
+    BATCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(splits * TILES, Hkv, B)``: one program attends to one stretch of one KV head's tokens.
+    """Grid ``(Hkv * TILES, items)``: one program attends to one part of a row for one KV head.
 
     A tile holds ``ROWS`` of the ``QUERIES * GROUP`` query heads that read the KV head. Where there are
-    several tiles, those of one stretch run side by side and find its tokens in the GPU's cache.
+    several tiles, those of one part run side by side and find its tokens in the GPU's cache.
+    ``BATCH``, a power of two from the number of rows up: rows are cut by their lengths; 0: evenly.
     """
     wait_for_predecessor(OVERLAP)
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_heads = tl.num_programs(1)
+    head, item = tl.program_id(0), tl.program_id(1)
+    kv_heads = tl.num_programs(0) // TILES
     lane = tl.arange(0, ROWS)
     if TILES > 1:
-        lane += (split % TILES) * ROWS
-        split = split // TILES
+        lane += (head % TILES) * ROWS
+        head = head // TILES
+    if BATCH > 0:
+        noting = (tl.program_id(0) == 0) & (item == 0)
+        row, part, parts, first_item = find_part(
+            item, seq_lens, starts, row_cuts, batch, most, share, spare, noting, BATCH, PADDED
+        )
+        if row == batch:
+            return
+    else:
+        row, part, parts, first_item = item // most, item % most, most, item // most * most
     end = tl.load(seq_lens + row)
     start = tl.load(starts + row) if PADDED else 0
-    stretch = tl.cdiv(tl.cdiv(end - start, BLOCK), splits) * BLOCK
-    lowest = start + split * stretch
+    stretch = tl.cdiv(tl.cdiv(end - start, BLOCK), parts) * BLOCK
+    lowest = start + part * stretch
     highest = tl.minimum(lowest + stretch, end)
     kept = lane < QUERIES * GROUP
     if QUERIES == 1:
@@ -126,8 +138,10 @@ def _dense_kernel(
         q_offsets = row.to(tl.int64) * q_row + (later * q_query + heads * q_head)[:, None]
         # A query sees no token that came after its own.
         limit = end - QUERIES + 1 + later
-    if SPLIT & (lowest >= highest):
-        store_nothing(split, splits, number, kept, part_lse, ROWS)
+    of_row = number - row * QUERIES * kv_heads * GROUP
+    slot = of_row.to(tl.int64) * tl.num_programs(1) + first_item + part
+    if SPLIT & (parts > 1) & (lowest >= highest):
+        store_nothing(slot, kept, part_lse, ROWS)
     else:
         channel = tl.arange(0, DP)
         query = tl.load(
@@ -158,7 +172,7 @@ def _dense_kernel(
                 PAGED, KEEP_LOGITS, QUERIES, D, DP, BLOCK, True,
             )  # fmt: skip
         store_split(
-            acc, peak, total, split, splits, number, kept, part_out, part_lse, out, lse,
+            acc, peak, total, slot, number, kept, part_out, part_lse, out, lse, parts == 1,
             SPLIT, D, DP,
         )  # fmt: skip
 
@@ -213,22 +227,29 @@ def attend(
     rows = _tile_rows(queries, group, padded_dim, q.element_size())
     tiles = triton.cdiv(queries * group, rows)
     block, warps, stages = _tile(padded_dim, q.element_size(), rows)
-    splits = split_count(batch * kv_heads * tiles, triton.cdiv(max(capacity, 1), block), q.device)
-    results = SplitOutputs.make(q, splits)
+    most = triton.cdiv(max(capacity, 1), block)
+    programs = _per_processor(padded_dim, batch)
+    cuts = Cuts.by_length(batch, kv_heads * tiles, most, q.device, programs)
+    results = SplitOutputs.make(q, cuts)
+    # Programs that wait beside a predecessor's would be spread unevenly over the multiprocessors.
+    launch = overlap(q.device) if programs == 1 else {"OVERLAP": False}
     logits = None
     if keep_logits:
         shape = (batch, query_heads, capacity)
         logits = torch.empty(shape, dtype=torch.float32, device=q.device)
     if batch == 0:
         return results.out, results.lse, logits
-    _dense_kernel[(splits * tiles, kv_heads, batch)](
+    _dense_kernel[(kv_heads * tiles, cuts.items)](
         q, k, v, seq_lens, starts, block_table, results.out, results.lse, logits,
-        results.part_out, results.part_lse,
+        results.part_out, results.part_lse, results.row_cuts,
         scale * LOG2E,
         0 if block_table is None else block_table.stride(0),
         k.shape[1] if paged else 0,
         capacity,
-        splits,
+        batch,
+        cuts.most,
+        cuts.share or 0,
+        cuts.spare,
         *(q.stride() if q.dim() == 4 else (q.stride(0), 0, q.stride(1), q.stride(2))),
         *cache_strides(k, paged),
         *cache_strides(v, paged),
@@ -242,10 +263,11 @@ def attend(
         D=head_dim,
         DP=padded_dim,
         BLOCK=block,
-        SPLIT=splits > 1,
+        SPLIT=cuts.most > 1,
+        BATCH=triton.next_power_of_2(batch) if cuts.share is not None else 0,
         num_warps=warps,
         num_stages=stages,
-        **overlap(q.device),
+        **launch,
     )  # fmt: skip
     results.merge()
     return results.out, results.lse, logits
@@ -259,6 +281,11 @@ def _tile_rows(queries: int, group: int, padded_dim: int, element_size: int) -> 
     return min(wanted, 32 if element_size == 4 else 64 if padded_dim > 128 else 128)
 
 
+def _per_processor(padded_dim: int, batch: int) -> int:
+    """Programs that keep a multiprocessor busy; few rows are not cut into that many short parts."""
+    return 4 if padded_dim <= 32 and batch > 1 else 1
+
+
 def _tile(padded_dim: int, element_size: int, rows: int) -> tuple[int, int, int]:
     """``(tokens in a tile, warps, pipeline stages)``, measured on an NVIDIA H200 for up to 64 rows."""
     if element_size == 4:
@@ -268,6 +295,8 @@ def _tile(padded_dim: int, element_size: int, rows: int) -> tuple[int, int, int]
         return 64, rows // 16, 3
     if rows > 64:
         return 64, 8, 3
+    if padded_dim == 64:
+        return 128, 4, 4
     if padded_dim > 128:
         return 64, 4, 3 if rows < 64 else 2
     return 128, 4, 3

@@ -12,6 +12,7 @@ from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import (
     LOG2E,
+    Cuts,
     SplitOutputs,
     split_count,
     store_nothing,
@@ -53,8 +54,9 @@ def _sparse_kernel(
     highest = tl.minimum(lowest + stretch, count)
     group = tl.arange(0, ROWS)
     number = (row * heads + head) * GROUP + group
+    place = number.to(tl.int64) * splits + split
     if SPLIT & (lowest >= highest):
-        store_nothing(split, splits, number, group < GROUP, part_lse, ROWS)
+        store_nothing(place, group < GROUP, part_lse, ROWS)
     else:
         channel = tl.arange(0, DP)
         q_offsets = row.to(tl.int64) * q_row + (head * GROUP + group)[:, None] * q_head
@@ -98,7 +100,7 @@ def _sparse_kernel(
             acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
             peak = new_peak
         store_split(
-            acc, peak, total, split, splits, number, group < GROUP, part_out, part_lse, out, lse,
+            acc, peak, total, place, number, group < GROUP, part_out, part_lse, out, lse, False,
             SPLIT, D, DP,
         )  # fmt: skip
 
@@ -125,7 +127,7 @@ def sparse_decode(
     programs = split_count(batch * heads, max(budget, 1), q.device, _PER_PROCESSOR)
     block, warps, stages = _tile(padded_dim, q.element_size(), triton.cdiv(budget, programs))
     splits = min(programs, triton.cdiv(max(budget, 1), block))
-    results = SplitOutputs.make(q, splits, out)
+    results = SplitOutputs.make(q, Cuts.even(batch, splits), out)
     if batch == 0:
         return results.out, results.lse
     _sparse_kernel[(splits, heads, batch)](
