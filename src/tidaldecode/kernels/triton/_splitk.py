@@ -36,10 +36,9 @@ def find_part(
     """``(row, part, parts, first)``: which part of which row ``item`` is; the row is ``batch`` if none.
 
     The lengths of a batch are known on the device alone, so every program looks. A row without tokens
-    has no part; each other one has one, and its share, by tokens, of what is left then. Rows of one
-    length get equally many, of ``share`` in all; where that is less than two, long rows get some of
-    ``spare`` parts more. ``first`` is the item of the row's first part; with ``noting`` all rows' are
-    written to ``row_cuts``.
+    has no part. The others have parts of about one length, as short as the items allow: ``share``, or,
+    where rows are so many that one part of each uses them up, ``spare`` more than rows, for long ones.
+    ``first`` is the item of the row's first part; with ``noting`` all rows' are written to ``row_cuts``.
     """
     rows = tl.arange(0, BATCH)
     there = rows < batch
@@ -47,13 +46,21 @@ def find_part(
     if PADDED:
         lengths -= tl.load(starts + rows, mask=there, other=0)
     lengths = tl.maximum(lengths, 0)
-    total = tl.maximum(tl.sum(lengths, 0), 1)
     filled = tl.sum((lengths > 0).to(tl.int32), 0)
     items = tl.maximum(
         share, tl.where(2 * filled > share, filled + tl.minimum(spare, filled - 1), 0)
     )
-    more = (lengths.to(tl.int64) * (items - filled) // total).to(tl.int32)
-    parts = tl.where(lengths > 0, tl.minimum(1 + more, most), 0)
+    tokens = lengths.to(tl.float32)
+    total = tl.maximum(tl.sum(tokens, 0), 1.0)
+    # Parts of this length always fit; shorter ones down to the mean, with room for rows that differ by
+    # 1 %, may: rows of one length have equally many then.
+    parts = tl.minimum(tl.ceil(tokens * ((items - filled) / total)).to(tl.int32), most)
+    parts = tl.maximum(parts, (lengths > 0).to(tl.int32))
+    length = 2 * total / items
+    for _ in tl.static_range(5):
+        shorter = tl.minimum(tl.ceil(tokens / length).to(tl.int32), most)
+        parts = tl.where(tl.sum(shorter, 0) <= items, shorter, parts)
+        length *= 0.8444
     up_to = tl.cumsum(parts, 0)
     if noting:
         tl.store(row_cuts + rows * 2, up_to - parts, mask=there)

@@ -264,7 +264,7 @@ def attend(
         DP=padded_dim,
         BLOCK=block,
         SPLIT=cuts.most > 1,
-        BATCH=triton.next_power_of_2(batch) if cuts.share is not None else 0,
+        BATCH=0 if cuts.share is None else max(_FEWEST_ROWS, triton.next_power_of_2(batch)),
         num_warps=warps,
         num_stages=stages,
         **launch,
@@ -279,6 +279,10 @@ def _tile_rows(queries: int, group: int, padded_dim: int, element_size: int) -> 
     if queries == 1:
         return wanted
     return min(wanted, 32 if element_size == 4 else 64 if padded_dim > 128 else 128)
+
+
+_FEWEST_ROWS = 32
+"""Rows that are looked at at once: a warp's; with fewer the compiler needs more registers."""
 
 
 def _per_processor(padded_dim: int, batch: int) -> int:
