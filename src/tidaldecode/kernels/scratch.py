@@ -38,8 +38,8 @@ def histogram_elements(sets: int) -> int:
 def select_bytes(query_heads: int, sets: int, width: int, budget: int) -> int:
     """Memory of `dense_select` for one row of up to ``width`` tokens, its result included.
 
-    Logits of every query head and scores of every set, fp32, are most of it. What the row's split
-    attention needs beside them (partial outputs of at most 4,096 programs) is not in it.
+    Logits of every query head and scores of every set, fp32, are most of it. What the parts of its
+    attention need beside them (an output of every head for each, some MiB a batch) is not in it.
     """
     scores = 4 * width * (query_heads + sets)
     chosen = sets * (8 * CANDIDATES + 4 * (budget + width // 1024 + 16))
