@@ -12,8 +12,8 @@ from tidaldecode.kernels.partition import other_partition
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from tidaldecode.kernels.triton import _splitk  # noqa: E402
-from tidaldecode.kernels.triton._splitk import Cuts  # noqa: E402
+from tidaldecode.kernels.triton import _cuts, _splitk  # noqa: E402
+from tidaldecode.kernels.triton._cuts import Cuts  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -25,7 +25,7 @@ def _parts_kernel(
     PADDED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
-    row, part, parts, first = _splitk.find_part(
+    row, part, parts, first = _cuts.find_part(
         item, seq_lens, starts, row_cuts, batch, most, share, spare, item == 0, BATCH, PADDED
     )
     tl.store(out + item * 4, row)
@@ -50,7 +50,7 @@ def items_of(lengths: list[int], cuts: Cuts, starts: list[int] | None = None):
 def cuts_of(batch: int, heads: int = 8, most: int = 800, per_processor: int = 1) -> Cuts:
     """Cuts on a device of 132 multiprocessors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_splitk, "processors", lambda _: 132)
+        patch.setattr(_cuts, "processors", lambda _: 132)
         return Cuts.by_length(batch, heads, most, DEVICE, per_processor)
 
 

@@ -12,15 +12,9 @@ import triton.language as tl
 from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import ScoreKind
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
+from tidaldecode.kernels.triton._cuts import Cuts, find_part
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
-from tidaldecode.kernels.triton._splitk import (
-    LOG2E,
-    Cuts,
-    SplitOutputs,
-    find_part,
-    store_nothing,
-    store_split,
-)
+from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_nothing, store_split
 from tidaldecode.kernels.triton.score_tokens import score_tokens
 
 

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tidaldecode.kernels.triton._device import heads_at_once
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
-from tidaldecode.kernels.triton._splitk import heads_at_once
 from tidaldecode.kernels.triton.rms_norm import inverse_rms, scaled
 
 _HELD = 512

@@ -9,15 +9,9 @@ import triton.language as tl
 from tidaldecode.kernels import layout
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
+from tidaldecode.kernels.triton._cuts import Cuts, split_count
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
-from tidaldecode.kernels.triton._splitk import (
-    LOG2E,
-    Cuts,
-    SplitOutputs,
-    split_count,
-    store_nothing,
-    store_split,
-)
+from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_nothing, store_split
 
 
 @triton.jit(do_not_specialize=["splits"])
