@@ -12,6 +12,29 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def fitting_stages(stages: int, tile_bytes: int, device: torch.device) -> int:
+    """Pipeline stages of a loop over tiles: ``stages``, or fewer where shared memory is short.
+
+    All tiles on the way but one lie in shared memory, beside what the rest of a program needs of it.
+    """
+    if device.type != "cuda":
+        return stages
+    room = shared_memory(device) - _OTHER_SHARED_BYTES
+    return max(1, min(stages, 1 + room // tile_bytes))
+
+
+_OTHER_SHARED_BYTES = 16 << 10
+"""For queries, weights of a tile and sums over warps."""
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program on a GPU may have."""
+    properties = torch.cuda.get_device_properties(device)
+    # Not there on AMD's GPUs, which have no larger amount to opt in to.
+    usual = properties.shared_memory_per_block
+    return int(getattr(properties, "shared_memory_per_block_optin", usual))
+
+
 def heads_at_once(heads: int, elements: int, most: int, device: torch.device) -> int:
     """Heads, a power of two, that a program takes where there are many: launching one costs time too.
 

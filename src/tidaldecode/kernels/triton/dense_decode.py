@@ -13,6 +13,7 @@ from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import ScoreKind
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
 from tidaldecode.kernels.triton._cuts import Cuts, find_part
+from tidaldecode.kernels.triton._device import fitting_stages
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_nothing, store_split
 from tidaldecode.kernels.triton.score_tokens import score_tokens
@@ -260,7 +261,7 @@ def attend(
         SPLIT=cuts.most > 1,
         BATCH=0 if cuts.share is None else max(_FEWEST_ROWS, triton.next_power_of_2(batch)),
         num_warps=warps,
-        num_stages=stages,
+        num_stages=fitting_stages(stages, 2 * block * padded_dim * k.element_size(), k.device),
         **launch,
     )  # fmt: skip
     results.merge()

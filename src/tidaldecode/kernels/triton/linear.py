@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from tidaldecode.kernels.linear import MAX_WEIGHTS
+from tidaldecode.kernels.triton._device import fitting_stages
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 
 
@@ -151,6 +152,7 @@ def linear(
         return out
     rows = 1 if batch == 1 else max(8, triton.next_power_of_2(batch))
     block_out, block_in, warps, stages = _tile(rows, inputs, outputs, gated, x.element_size())
+    tile_bytes = (block_out * (1 + gated) + rows) * block_in * x.element_size()
     sizes = [outputs] if gated else [weight.shape[0] for weight in weights]
     missing = MAX_WEIGHTS - len(weights)
     sources = [*weights, *[weights[0]] * missing]
@@ -166,7 +168,7 @@ def linear(
         GATED=gated,
         RESIDUAL=residual is not None,
         num_warps=warps,
-        num_stages=stages,
+        num_stages=fitting_stages(stages, tile_bytes, x.device),
         **overlap(x.device),
     )  # fmt: skip
     return out
@@ -175,7 +177,11 @@ def linear(
 def _tile(
     rows: int, inputs: int, outputs: int, gated: bool, element_size: int
 ) -> tuple[int, int, int, int]:
-    """``(outputs of a program, inputs of a tile, warps, stages)``: the best of 7 to 13 on an H200."""
+    """``(outputs of a program, inputs of a tile, warps, stages)``.
+
+    One row: the best of 7 to 13 tiles on an H200. Several: measured in whole layers, with rotation and
+    attention between the products; how a launch spreads over the GPU depends on what precedes it.
+    """
     if rows == 1:
         if inputs > 4096:
             return 8, 512, 8, 1
@@ -184,10 +190,18 @@ def _tile(
             return 1, whole, 4, 1
         return (2, whole, 4, 1) if outputs > 4096 else (2, min(whole, 2048), 4, 1)
     line = 128 // element_size
+    if rows > 32:
+        if inputs > 4096 and not gated:
+            return 32, 8 * line, 4, 3
+        return 64, 2 * line, 4, 3 if gated else 4
     if gated:
-        return 64, 2 * line, 4, 3
-    if rows > 32 or (outputs > 4096 and inputs <= 4096):
-        return 64, 2 * line, 4, 4
+        return 32, 2 * line, 2, 3
     if inputs > 4096:
-        return (16, 8 * line, 2, 4) if rows == 16 else (32, 8 * line, 4, 3)
-    return 16, 4 * line, 2, 5
+        if rows == 8:
+            return (32, 8 * line, 4, 4) if outputs >= 4096 else (16, 8 * line, 2, 4)
+        return (16, 4 * line, 2, 6) if rows == 16 else (32, 4 * line, 2, 5)
+    if outputs > 4096:
+        return 32, 4 * line, 2, 4
+    if rows == 8:
+        return (32, 4 * line, 2, 5) if outputs == 4096 else (16, 4 * line, 2, 4)
+    return (16, 4 * line, 2, 6) if rows == 16 else (32, 4 * line, 2, 5)

@@ -10,6 +10,7 @@ from tidaldecode.kernels import layout
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
 from tidaldecode.kernels.triton._cuts import Cuts, split_count
+from tidaldecode.kernels.triton._device import fitting_stages, processors
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_nothing, store_split
 
@@ -118,8 +119,11 @@ def sparse_decode(
     heads = max(sets, kv_heads)
     group = query_heads // heads
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    programs = split_count(batch * heads, max(budget, 1), q.device, _PER_PROCESSOR)
-    block, warps, stages = _tile(padded_dim, q.element_size(), triton.cdiv(budget, programs))
+    most = max(_FEW_PARTS, triton.cdiv(budget, _TOKENS))
+    programs = split_count(batch * heads, min(most, max(budget, 1)), q.device)
+    tokens = triton.cdiv(budget, programs)
+    per_processor = triton.cdiv(batch * heads, processors(q.device))
+    block, warps, stages = _tile(padded_dim, q.element_size(), tokens, per_processor)
     splits = min(programs, triton.cdiv(max(budget, 1), block))
     results = SplitOutputs.make(q, Cuts.even(batch, splits), out)
     if batch == 0:
@@ -148,21 +152,34 @@ def sparse_decode(
         SPLIT=splits > 1,
         SHARED_SET=sets == 1,
         num_warps=warps,
-        num_stages=stages,
+        num_stages=fitting_stages(stages, 2 * block * padded_dim * k.element_size(), k.device),
         **overlap(q.device),
     )  # fmt: skip
     results.merge()
     return results.out, results.lse
 
 
-_PER_PROCESSOR = 2
-"""Programs for every multiprocessor: gathers wait long, so more of them have to be under way."""
+_FEW_PARTS = 8
+_TOKENS = 256
+"""Parts of a selection are that few, or have that many tokens: more of them take longer to merge."""
 
 _FEWEST = 64
 """Tokens of a tile: smaller ones leave more parts to merge."""
 
 
-def _tile(padded_dim: int, element_size: int, tokens: int) -> tuple[int, int, int]:
-    """``(tokens in a tile, warps, pipeline stages)`` for programs that read so many tokens."""
-    most = 4096 // padded_dim if element_size == 4 else min(128, 16384 // padded_dim)
-    return max(16, min(most, max(_FEWEST, triton.next_power_of_2(tokens)))), 4, 2
+def _tile(
+    padded_dim: int, element_size: int, tokens: int, per_processor: int
+) -> tuple[int, int, int]:
+    """``(tokens in a tile, warps, pipeline stages)``, measured between a layer's products on an H200.
+
+    Args:
+        tokens: what a program reads.
+        per_processor: programs that a multiprocessor is given.
+    """
+    if element_size == 4:
+        most, stages = 4096 // padded_dim, 2
+    elif per_processor > 2:
+        most, stages = min(64, 16384 // padded_dim), 3
+    else:
+        most, stages = min(128, 16384 // padded_dim), 3 if per_processor == 1 else 2
+    return max(16, min(most, max(_FEWEST, triton.next_power_of_2(tokens)))), 4, stages
