@@ -181,5 +181,6 @@ def _tile(
     elif per_processor > 2:
         most, stages = min(64, 16384 // padded_dim), 3
     else:
-        most, stages = min(128, 16384 // padded_dim), 3 if per_processor == 1 else 2
+        most = min(128, 16384 // padded_dim)
+        stages = 3 if per_processor == 1 and tokens >= 2 * _FEWEST else 2
     return max(16, min(most, max(_FEWEST, triton.next_power_of_2(tokens)))), 4, stages
