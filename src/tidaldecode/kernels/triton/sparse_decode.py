@@ -178,8 +178,8 @@ def _tile(
     """
     if element_size == 4:
         most, stages = 4096 // padded_dim, 2
-    elif per_processor > 2:
-        most, stages = min(64, 16384 // padded_dim), 3
+    elif per_processor > 2 and padded_dim > 64:
+        most, stages = 64, 3
     else:
         most = min(128, 16384 // padded_dim)
         stages = 3 if per_processor == 1 and tokens >= 2 * _FEWEST else 2
