@@ -66,10 +66,13 @@ class AttentionStep:
         seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32)
         self.state = DecodeState.begin(config, self.plan, seq_lens)
 
-    def layer(self, role: Role) -> Callable[[int], torch.Tensor]:
-        """Run one layer of this role; rotates through the layers' caches."""
+    def layer(self, role: Role, ahead: int = 0) -> Callable[[int], torch.Tensor]:
+        """Run one layer of this role; rotates through the layers' caches, from layer ``ahead`` on.
+
+        Candidates of one round need layers of their own: the processor may still hold the last one's.
+        """
         plan = LayerPlan((role,) * self.shape.layers, preselected=True)
-        return lambda index: self._attend(index % self.shape.layers, plan)
+        return lambda index: self._attend((index + ahead) % self.shape.layers, plan)
 
     def sdpa_layer(self, index: int) -> torch.Tensor:
         """The baseline for one layer."""
@@ -98,11 +101,12 @@ def measure(
 ) -> dict[str, Timing]:
     """Medians of single layers and whole steps, milliseconds."""
     step.layer(Role.SELECT)(0)
+    apart = step.shape.layers // 4
     candidates: dict[str, Callable[[int], object]] = {
         "layer: SDPA": step.sdpa_layer,
-        "layer: dense": step.layer(Role.DENSE),
-        "layer: select": step.layer(Role.SELECT),
-        "layer: sparse": step.layer(Role.SPARSE),
+        "layer: dense": step.layer(Role.DENSE, apart),
+        "layer: select": step.layer(Role.SELECT, 2 * apart),
+        "layer: sparse": step.layer(Role.SPARSE, 3 * apart),
         "step: SDPA": lambda _: step.sdpa_step(),
         "step: dense": lambda _: step.step(step.dense_plan),
         "step: tidal": lambda _: step.step(step.plan),
