@@ -45,8 +45,12 @@ def gather(
         block_size = cache.shape[1]
         blocks = block_table[row].long()[positions // block_size]
         return cache[blocks, positions % block_size, heads]
-    if cache[row].is_contiguous():
-        # One flat gather of whole rows is the fastest that torch has on a CPU.
-        flat = (heads * cache.shape[2] + positions).flatten()
-        return cache[row].flatten(0, 1).index_select(0, flat).view(len(heads), -1, cache.shape[3])
+    _, head_stride, token_stride, channel_stride = cache.stride()
+    kv_heads, tokens, channels = cache.shape[1:]
+    if channel_stride == 1 and token_stride == channels and head_stride % channels == 0:
+        # One flat gather of whole rows is the fastest that torch has on a CPU; heads may lie apart.
+        apart = head_stride // channels
+        rows = cache[row].as_strided(((kv_heads - 1) * apart + tokens, channels), (channels, 1))
+        flat = (heads * apart + positions).flatten()
+        return rows.index_select(0, flat).view(len(heads), -1, channels)
     return cache[row][heads, positions]

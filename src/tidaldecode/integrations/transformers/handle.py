@@ -27,6 +27,7 @@ from tidaldecode.integrations.transformers.graph_generate import (
     graphed,
     suits,
 )
+from tidaldecode.integrations.transformers.growing_cache import grow_in_place
 from tidaldecode.integrations.transformers.lossless import lossless_generate
 from tidaldecode.integrations.transformers.lossless_call import correcting, lossless
 from tidaldecode.integrations.transformers.lossless_graph import captured_generate
@@ -212,6 +213,7 @@ class TidalHandle:
                 "output_attentions: expected False, since sparse layers never form the whole matrix "
                 "of attention weights, got True; call disable(model) to look at attention weights"
             )
+        grow_in_place(kwargs.get("past_key_values"))
         forward = kwargs.get(KEYWORD)
         if forward is None:
             # In lossless mode only a verified draft may be sparse.

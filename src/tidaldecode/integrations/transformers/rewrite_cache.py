@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from tidaldecode.errors import TidalError
+from tidaldecode.integrations.transformers.growing_cache import GrowingLayer
 
 _GROWTH = 1.25
 """A dynamic layer is given more room than asked for, so that it is seldom copied."""
@@ -151,7 +152,8 @@ class RewriteCache(Cache):  # type: ignore[misc]
 
 def check_rewritable(cache: Cache) -> None:
     """Errors: `TidalError` for a cache in which earlier tokens cannot be overwritten."""
-    found = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "StaticLayer"}
+    known = (DynamicLayer, GrowingLayer, StaticLayer)
+    found = {type(layer).__name__ for layer in cache.layers if type(layer) not in known}
     if getattr(cache, "offloading", False):
         found.add("offloading")
     if type(cache).__name__ not in ("DynamicCache", "StaticCache", "Cache") or found:

@@ -1,0 +1,179 @@
+"""Dynamic caches of an enabled model grow in place, and otherwise hold what transformers' own would."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import SMALL
+from tiny import build, prompt
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+import tidaldecode
+from tidaldecode.integrations.transformers.growing_cache import GrowingLayer, grow_in_place
+
+ROOM = 1024
+"""More than a layer keeps free."""
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("update"), st.sampled_from([1, 1, 1, 2, 7, 140])),
+    st.tuples(st.just("crop"), st.integers(1, 5)),
+    st.tuples(st.just("reorder_cache"), st.integers(0, 5)),
+    st.tuples(st.just("batch_repeat_interleave"), st.just(2)),
+    st.tuples(st.just("batch_select_indices"), st.integers(0, 5)),
+    st.tuples(st.just("deepcopy"), st.just(0)),
+    st.tuples(st.just("reset"), st.just(0)),
+)
+
+
+def act(layer: DynamicLayer, action: str, amount: int, seed: int) -> DynamicLayer:
+    """One thing that a cache's owner may do; returns the layer to go on with."""
+    if action == "deepcopy":
+        return copy.deepcopy(layer)
+    if action == "update":
+        batch = 2 if layer.keys is None or not layer.keys.numel() else len(layer.keys)
+        random = torch.Generator().manual_seed(seed)
+        new = (torch.randn(batch, 3, amount, size, generator=random) for size in (4, 6))
+        shown = layer.update(*new)
+        assert shown[0] is layer.keys and shown[1] is layer.values
+    elif action == "reset":
+        layer.reset()
+    elif layer.get_seq_length() > 0:
+        rows = len(layer.keys)
+        if action == "crop":
+            layer.crop(-min(amount, layer.get_seq_length() - 1))
+        elif action == "batch_repeat_interleave":
+            layer.batch_repeat_interleave(amount if rows < 8 else 1)
+        else:
+            getattr(layer, action)(torch.arange(rows) * amount % rows)
+    return layer
+
+
+@settings(max_examples=60)
+@given(st.lists(ACTIONS, min_size=1, max_size=14))
+def test_a_layer_holds_what_the_hosts_does(actions):
+    mine, host = GrowingLayer(), DynamicLayer()
+    for seed, (action, amount) in enumerate(actions):
+        mine, host = act(mine, action, amount, seed), act(host, action, amount, seed)
+        assert mine.get_seq_length() == host.get_seq_length()
+        if host.get_seq_length():
+            assert torch.equal(mine.keys, host.keys) and torch.equal(mine.values, host.values)
+
+
+def test_a_copy_and_its_original_go_their_own_ways():
+    layer = GrowingLayer()
+    act(layer, "update", 5, 0)
+    twin = copy.deepcopy(layer)
+    act(layer, "update", 1, 1)
+    act(twin, "update", 1, 2)
+    assert torch.equal(layer.keys[:, :, :5], twin.keys[:, :, :5])
+    assert not torch.equal(layer.keys[:, :, 5], twin.keys[:, :, 5])
+
+
+def test_a_layer_moves_only_when_it_is_full():
+    layer = GrowingLayer()
+    act(layer, "update", 100, 0)
+    places = set()
+    for seed in range(2 * ROOM):
+        act(layer, "update", 1, seed)
+        places.add(layer.keys.data_ptr())
+    assert len(places) <= 16
+    spare = layer.keys.untyped_storage().nbytes() // (2 * 3 * 4 * 4) - layer.get_seq_length()
+    assert 0 <= spare <= ROOM
+
+
+def steps(model, cache, ids, count=5):
+    """Logits of ``count`` tokens fed one by one, and where the first layer's keys were."""
+    logits, places = [], []
+    for at in range(count):
+        logits.append(model(ids[:, at : at + 1], past_key_values=cache).logits[:, -1])
+        places.append(cache.layers[0].keys.data_ptr())
+    return torch.stack(logits), places
+
+
+@torch.no_grad()
+def test_an_enabled_model_decodes_without_copies_and_bit_for_bit():
+    model = build("Llama")
+    ids = prompt(30, 2)
+    own, grown = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for cache in (own, grown):
+        model(ids[:, :25], past_key_values=cache)
+    expected, copied = steps(model, own, ids[:, 25:])
+    with tidaldecode.enable(model, budget=64):
+        found, places = steps(model, grown, ids[:, 25:])
+    assert torch.equal(found, expected)
+    assert len(set(places)) == 1 and len(set(copied)) > 1
+
+
+@torch.no_grad()
+def test_a_cache_outlives_the_handle():
+    model = build("Llama")
+    ids = prompt(30)
+    cache = DynamicCache(config=model.config)
+    with tidaldecode.enable(model, budget=64):
+        model(ids[:, :25], past_key_values=cache)
+    found, _ = steps(model, cache, ids[:, 25:])
+    whole = model(ids).logits[0, 25:]
+    torch.testing.assert_close(found[:, 0], whole, atol=1e-4, rtol=1e-4)
+
+
+def test_what_inference_mode_cached_is_continued_outside():
+    model = build("Llama")
+    ids = prompt(30)
+    cache = DynamicCache(config=model.config)
+    with tidaldecode.enable(model, **SMALL):
+        with torch.inference_mode():
+            model(ids[:, :25], past_key_values=cache)
+        with torch.no_grad():
+            logits, places = steps(model, cache, ids[:, 25:])
+    assert logits.isfinite().all() and len(set(places)) == 1
+
+
+def test_gradients_flow_through_a_cache():
+    model = build("Llama")
+    ids = prompt(12)
+    with tidaldecode.enable(model, budget=64):
+        output = model(ids, past_key_values=DynamicCache(config=model.config), labels=ids)
+    output.loss.backward()
+    assert all(weight.grad is not None for weight in model.model.layers[0].parameters())
+
+
+def test_layers_that_are_not_dynamic_stay(monkeypatch):
+    gemma = build("Gemma3").config
+    mixed = DynamicCache(config=gemma)
+    before = [type(layer) for layer in mixed.layers]
+    grow_in_place(mixed)
+    for layer, kind in zip(mixed.layers, before, strict=True):
+        assert type(layer) is (GrowingLayer if kind is DynamicLayer else kind)
+    assert len({type(layer) for layer in mixed.layers}) == 2
+    static = StaticCache(config=build("Llama").config, max_cache_len=16)
+    kinds = [type(layer) for layer in static.layers]
+    grow_in_place(static)
+    assert [type(layer) for layer in static.layers] == kinds
+
+    class Special(DynamicCache):
+        """Whoever derives a cache knows what its layers are."""
+
+    special, away = Special(), DynamicCache()
+    monkeypatch.setattr(away, "offloading", True)
+    for cache in (special, away):
+        grow_in_place(cache)
+        assert cache.layer_class_to_replicate is DynamicLayer
+    grow_in_place(None)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_cache_without_a_configuration_grows_too(filled):
+    cache = DynamicCache()
+    new = torch.randn(1, 2, 3, 4)
+    if filled:
+        cache.update(new, new, 0)
+    grow_in_place(cache)
+    cache.update(new, new, 0)
+    cache.update(new, new, 1)
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer, GrowingLayer]
+    assert cache.get_seq_length() == (6 if filled else 3)
