@@ -74,6 +74,37 @@ def test_a_copy_and_its_original_go_their_own_ways():
     assert not torch.equal(layer.keys[:, :, 5], twin.keys[:, :, 5])
 
 
+EXCHANGES = {
+    "another layer's": lambda own, other: other,
+    "the first row": lambda own, other: own[:1],
+    "every other token": lambda own, other: own[:, :, ::2],
+    "the later tokens": lambda own, other: own[:, :, 2:],
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_tensors_that_were_exchanged_are_taken_as_they_are(exchange):
+    layer = GrowingLayer()
+    act(layer, "update", 6, 0)
+    twin = copy.deepcopy(layer)
+    twin.keys.neg_(), twin.values.neg_()
+    layer.keys, layer.values = (
+        EXCHANGES[exchange](own, other)
+        for own, other in ((layer.keys, twin.keys), (layer.values, twin.values))
+    )
+    before = layer.keys.clone(), layer.values.clone()
+    act(layer, "update", 1, 1)
+    assert torch.equal(layer.keys[:, :, :-1], before[0])
+    assert torch.equal(layer.values[:, :, :-1], before[1])
+
+
+def test_more_tokens_than_there_is_room_for():
+    layer, host = GrowingLayer(), DynamicLayer()
+    for seed, amount in enumerate((3, 128, 1, 200)):
+        act(layer, "update", amount, seed), act(host, "update", amount, seed)
+        assert torch.equal(layer.keys, host.keys) and torch.equal(layer.values, host.values)
+
+
 def test_a_layer_moves_only_when_it_is_full():
     layer = GrowingLayer()
     act(layer, "update", 100, 0)
@@ -136,9 +167,11 @@ def test_what_inference_mode_cached_is_continued_outside():
 def test_gradients_flow_through_a_cache():
     model = build("Llama")
     ids = prompt(12)
+    cache = DynamicCache(config=model.config)
     with tidaldecode.enable(model, budget=64):
-        output = model(ids, past_key_values=DynamicCache(config=model.config), labels=ids)
-    output.loss.backward()
+        first = model(ids[:, :8], past_key_values=cache)
+        second = model(ids[:, 8:], past_key_values=cache)
+    (first.logits.sum() + second.logits.sum()).backward()
     assert all(weight.grad is not None for weight in model.model.layers[0].parameters())
 
 
