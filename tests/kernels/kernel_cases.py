@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-LAYOUTS = ("contiguous", "transposed", "sliced", "paged 1", "paged 3", "paged 16")
+LAYOUTS = (
+    "contiguous",
+    "transposed",
+    "sliced",
+    "roomy",
+    "uneven",
+    "paged 1",
+    "paged 3",
+    "paged 16",
+)
 NO_BLOCK = 1 << 30
 """In a block table where no block is needed: reading it fails."""
 
@@ -56,7 +65,7 @@ def lay_out(
     """``k, v [B, Hkv, S, D]`` in the given layout, surrounded by poison."""
     if layout.startswith("paged"):
         return paged(k, v, int(layout.split()[1]), poison, valid)
-    arrange = {"contiguous": _contiguous, "transposed": _transposed, "sliced": _sliced}[layout]
+    arrange = _ARRANGED[layout]
     return {"k": arrange(k, poison), "v": arrange(v, poison), "block_table": None}
 
 
@@ -99,6 +108,32 @@ def _sliced(cache: torch.Tensor, poison: float) -> torch.Tensor:
     window = store[1:, 1::2, 2 : tokens + 2, 1 : head_dim + 1]
     window.copy_(cache)
     return window
+
+
+def _roomy(cache: torch.Tensor, poison: float) -> torch.Tensor:
+    """With room for more tokens behind those of every head."""
+    batch, kv_heads, tokens, head_dim = cache.shape
+    store = cache.new_full((batch, kv_heads, tokens + 7, head_dim), poison)
+    store[:, :, :tokens] = cache
+    return store[:, :, :tokens]
+
+
+def _uneven(cache: torch.Tensor, poison: float) -> torch.Tensor:
+    """With room between heads that no whole number of tokens fills."""
+    batch, kv_heads, tokens, head_dim = cache.shape
+    store = cache.new_full((batch, kv_heads, tokens * head_dim + 3), poison)
+    window = store[:, :, 3:].unflatten(2, (tokens, head_dim))
+    window.copy_(cache)
+    return window
+
+
+_ARRANGED = {
+    "contiguous": _contiguous,
+    "transposed": _transposed,
+    "sliced": _sliced,
+    "roomy": _roomy,
+    "uneven": _uneven,
+}
 
 
 def make_case(
