@@ -19,11 +19,12 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from tidaldecode import cli
 from tidaldecode.config import TidalConfig
 from tidaldecode.demo import MODEL_DIRECTORY
 from tidaldecode.errors import TidalError
 from tidaldecode.eval.needle import question_text, statement_text
-from tidaldecode.integrations.lm_eval import TidalLM, main
+from tidaldecode.integrations.lm_eval import TidalLM
 
 KEYS = ["amber falcon", "silver river", "quiet harbor"]
 CODES = ["1234567", "7654321", "4082957"]
@@ -237,10 +238,25 @@ def test_the_command_knows_the_model(
     monkeypatch.setattr(config, lambda self, metadata=None: tasks)
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
     base = f"pretrained={MODEL_DIRECTORY},device=cpu,question_tokens=16,select_layers=2+6+7"
-    arguments = ["lm_eval", "--model", "tidaldecode", "--tasks", "tidal_generate", "--limit", "1"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--model_args", f"{base},budget=64"])
-    main()
+    arguments = ["--model", "tidaldecode", "--tasks", "tidal_generate", "--limit", "1"]
+    before = sys.argv
+    assert cli.run(["lm-eval", *arguments, "--model_args", f"{base},budget=64"]) == 0
     assert "|exact_match|↑  |  1|" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*arguments, "--model_args", f"{base},bugdet=64"])
-    with pytest.raises(SystemExit, match=r"tidaldecode: error: model_args: .* got 'bugdet'"):
-        main()
+    assert cli.run(["lm-eval", *arguments, "--model_args", f"{base},bugdet=64"]) == 2
+    assert "tidaldecode: error: model_args: expected" in capsys.readouterr().err
+    assert sys.argv is before
+
+
+def test_the_commands_help_and_faults_are_the_harnesss(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["lm-eval", "--help"]) == 0
+    assert "usage: lm-eval" in capsys.readouterr().out
+    assert cli.run(["lm-eval", "--limit", "many"]) == 2
+    assert "--limit" in capsys.readouterr().err
+
+
+def test_a_missing_harness_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.run(["lm-eval", "--tasks", "ruler"]) == 2
+    assert "pip install 'tidaldecode[lm-eval]'" in capsys.readouterr().err

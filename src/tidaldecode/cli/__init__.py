@@ -18,6 +18,7 @@ from tidaldecode.cli.calibrate import calibrate
 from tidaldecode.cli.demo import demo
 from tidaldecode.cli.generate import generate
 from tidaldecode.cli.info import info
+from tidaldecode.cli.lm_eval import lm_eval
 from tidaldecode.cli.prove import prove
 from tidaldecode.errors import TidalError
 
@@ -32,6 +33,15 @@ app.command()(generate)
 app.command()(info)
 app.command()(calibrate)
 app.command()(prove)
+# All that follows is the harness's, --help too.
+app.command(
+    "lm-eval",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)(lm_eval)
 app.add_typer(evaluation.app, name="eval")
 bench.app.command()(lossless)
 app.add_typer(bench.app, name="bench")

@@ -1,10 +1,9 @@
 """lm-evaluation-harness: its tasks, with every score measured on the decode path.
 
-The harness has no way to find models of other packages, so its command is started through this
-module, which adds the model ``tidaldecode`` and passes on all options::
+The harness has no way to find models of other packages, so its command is started by ours, which adds
+the model ``tidaldecode`` and passes on all options::
 
-    python -m tidaldecode.integrations.lm_eval run --model tidaldecode \\
-        --model_args pretrained=DIR,budget=1024 --tasks ruler
+    tidaldecode lm-eval --model tidaldecode --model_args pretrained=DIR,budget=1024 --tasks ruler
 
 TidalDecode acts in decode steps alone. A task scored by one forward pass over prompt and answer would
 therefore measure full attention, whatever the settings; here, answers are fed token by token.
@@ -338,15 +337,21 @@ def _at_least_one(name: str, value: Any) -> int:
     return int(value)
 
 
-def main() -> None:
-    """The harness's own command, which knows ``--model tidaldecode`` here."""
+def run_harness(arguments: list[str]) -> int:
+    """The harness's own command, which knows ``--model tidaldecode`` here; returns its exit code.
+
+    Errors: `TidalError` for model args that are not known, and what a model cannot do.
+    """
     from lm_eval.__main__ import cli_evaluate
 
+    before = sys.argv
+    sys.argv = ["tidaldecode lm-eval", *arguments]
     try:
         cli_evaluate()
-    except TidalError as error:
-        sys.exit(f"tidaldecode: error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise TidalError(f"lm_eval: {end.code}") from end
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0
