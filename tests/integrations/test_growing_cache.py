@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import SMALL
 from tiny import build, prompt
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -53,6 +54,13 @@ def act(layer: DynamicLayer, action: str, amount: int, seed: int) -> DynamicLaye
     return layer
 
 
+@pytest.fixture(autouse=True)
+def _without_gradients(request):
+    """As in generate; a test that wants gradients says so."""
+    with torch.set_grad_enabled("gradients" in request.node.name):
+        yield
+
+
 @settings(max_examples=60)
 @given(st.lists(ACTIONS, min_size=1, max_size=14))
 def test_a_layer_holds_what_the_hosts_does(actions):
@@ -64,10 +72,11 @@ def test_a_layer_holds_what_the_hosts_does(actions):
             assert torch.equal(mine.keys, host.keys) and torch.equal(mine.values, host.values)
 
 
-def test_a_copy_and_its_original_go_their_own_ways():
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_and_its_original_go_their_own_ways(copied):
     layer = GrowingLayer()
     act(layer, "update", 5, 0)
-    twin = copy.deepcopy(layer)
+    twin = copied(layer)
     act(layer, "update", 1, 1)
     act(twin, "update", 1, 2)
     assert torch.equal(layer.keys[:, :, :5], twin.keys[:, :, :5])
@@ -96,6 +105,52 @@ def test_tensors_that_were_exchanged_are_taken_as_they_are(exchange):
     act(layer, "update", 1, 1)
     assert torch.equal(layer.keys[:, :, :-1], before[0])
     assert torch.equal(layer.values[:, :, :-1], before[1])
+
+
+def test_what_was_shown_is_never_overwritten():
+    layer = GrowingLayer()
+    act(layer, "update", 9, 0)
+    kept = layer.keys, layer.values
+    before = [states.clone() for states in kept]
+    layer.crop(-4)
+    act(layer, "update", 4, 1)
+    assert all(torch.equal(*pair) for pair in zip(kept, before, strict=True))
+    layer.keys, layer.values = kept
+    act(layer, "update", 1, 2)
+    assert torch.equal(layer.keys[:, :, :9], before[0])
+
+
+@pytest.mark.parametrize("action", ["reorder_cache", "batch_select_indices", "crop"])
+def test_memory_that_is_left_is_given_back(action):
+    layer = GrowingLayer()
+    act(layer, "update", 600, 0)
+    memory = StorageWeakRef(layer.keys.untyped_storage())
+    act(layer, action, 1, 1)
+    assert memory.expired() == (action != "crop")
+    act(layer, "update", 1, 2)
+    assert memory.expired()
+
+
+@pytest.mark.parametrize(
+    "new",
+    [torch.ones(1, 3, 2, 4), torch.ones(2, 1, 2, 4), torch.ones(2, 3, 2, 5)],
+    ids=["rows", "heads", "size"],
+)
+def test_tokens_that_do_not_belong_are_refused_as_the_host_does(new):
+    layer, host = GrowingLayer(), DynamicLayer()
+    for one in (layer, host):
+        act(one, "update", 3, 0)
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            one.update(new, torch.ones(2, 3, 2, 6))
+
+
+def test_other_numbers_are_promoted_as_the_host_does():
+    layer, host = GrowingLayer(), DynamicLayer()
+    for one in (layer, host):
+        act(one, "update", 3, 0)
+        one.update(torch.ones(2, 3, 1, 4).half(), torch.ones(2, 3, 1, 6).double())
+    assert (layer.keys.dtype, layer.values.dtype) == (torch.float32, torch.float64)
+    assert torch.equal(layer.keys, host.keys) and torch.equal(layer.values, host.values)
 
 
 def test_more_tokens_than_there_is_room_for():
@@ -173,6 +228,18 @@ def test_gradients_flow_through_a_cache():
         second = model(ids[:, 8:], past_key_values=cache)
     (first.logits.sum() + second.logits.sum()).backward()
     assert all(weight.grad is not None for weight in model.model.layers[0].parameters())
+
+
+def test_gradients_of_queries_alone_flow_through_a_cache():
+    model = build("Llama").requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    ids = prompt(12)
+    cache = DynamicCache(config=model.config)
+    with tidaldecode.enable(model, budget=64):
+        first = model(ids[:, :8], past_key_values=cache)
+        second = model(ids[:, 8:], past_key_values=cache)
+    (first.logits.sum() + second.logits.sum()).backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
 
 
 def test_layers_that_are_not_dynamic_stay(monkeypatch):

@@ -355,3 +355,9 @@ def run_harness(arguments: list[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(
+        "tidaldecode: error: expected the command tidaldecode lm-eval, which takes these options"
+    )

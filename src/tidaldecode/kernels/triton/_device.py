@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from triton.compiler.compiler import max_shared_mem
 
 
 def processors(device: torch.device) -> int:
@@ -30,9 +31,14 @@ _OTHER_SHARED_BYTES = 16 << 10
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program on a GPU may have."""
     properties = torch.cuda.get_device_properties(device)
-    # Not there on AMD's GPUs, which have no larger amount to opt in to.
-    usual = properties.shared_memory_per_block
-    return int(getattr(properties, "shared_memory_per_block_optin", usual))
+    told = getattr(properties, "shared_memory_per_block_optin", None)
+    # Older versions of torch do not tell, nor do those for AMD's GPUs; Triton asks the driver.
+    return int(told or max_shared_mem(_number(device)))
+
+
+def _number(device: torch.device) -> int:
+    """The number of a GPU."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def heads_at_once(heads: int, elements: int, most: int, device: torch.device) -> int:
