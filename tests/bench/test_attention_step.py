@@ -26,6 +26,20 @@ def test_a_sparse_layer_reads_a_real_selection():
     assert not torch.allclose(step.layer(Role.SPARSE)(1), step.layer(Role.DENSE)(1))
 
 
+def test_candidates_of_a_round_read_layers_of_their_own(monkeypatch):
+    step = AttentionStep(SMALL, CONFIG)
+    read = []
+    sdpa, attend = step.sdpa_layer, step._attend
+    monkeypatch.setattr(step, "sdpa_layer", lambda i: (read.append(i % SMALL.layers), sdpa(i))[1])
+    monkeypatch.setattr(step, "_attend", lambda i, plan: (read.append(i), attend(i, plan))[1])
+    monkeypatch.setattr(step, "step", lambda plan: None)
+    monkeypatch.setattr(step, "sdpa_step", lambda: None)
+    measure(step, repetitions=2)
+    # The first call is the selection that sparse layers need.
+    rounds = [read[first : first + 4] for first in range(1, len(read), 4)]
+    assert len(rounds) > 2 and all(len(set(layers)) == 4 for layers in rounds)
+
+
 def test_every_figure_is_there():
     timings = measure(AttentionStep(SMALL, CONFIG), repetitions=2)
     assert len(timings) == 7

@@ -213,32 +213,23 @@ def test_what_inference_mode_cached_is_continued_outside():
     with tidaldecode.enable(model, **SMALL):
         with torch.inference_mode():
             model(ids[:, :25], past_key_values=cache)
-        with torch.no_grad():
-            logits, places = steps(model, cache, ids[:, 25:])
+        logits, places = steps(model, cache, ids[:, 25:])
     assert logits.isfinite().all() and len(set(places)) == 1
 
 
-def test_gradients_flow_through_a_cache():
+@pytest.mark.parametrize("trained", ["", "q_proj"], ids=["all weights", "queries alone"])
+def test_gradients_flow_through_a_cache(trained):
     model = build("Llama")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(trained in name)
     ids = prompt(12)
     cache = DynamicCache(config=model.config)
     with torch.enable_grad(), tidaldecode.enable(model, budget=64):
         first = model(ids[:, :8], past_key_values=cache)
         second = model(ids[:, 8:], past_key_values=cache)
         (first.logits.sum() + second.logits.sum()).backward()
-    assert all(weight.grad is not None for weight in model.model.layers[0].parameters())
-
-
-def test_gradients_of_queries_alone_flow_through_a_cache():
-    model = build("Llama").requires_grad_(False)
-    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
-    ids = prompt(12)
-    cache = DynamicCache(config=model.config)
-    with torch.enable_grad(), tidaldecode.enable(model, budget=64):
-        first = model(ids[:, :8], past_key_values=cache)
-        second = model(ids[:, 8:], past_key_values=cache)
-        (first.logits.sum() + second.logits.sum()).backward()
-    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    assert weights and all(weight.grad is not None for weight in weights)
 
 
 def test_layers_that_are_not_dynamic_stay(monkeypatch):

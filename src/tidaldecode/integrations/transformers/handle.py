@@ -2,7 +2,8 @@
 
 Attaching sets the decoder's attention implementation to our registered function and puts two hooks on
 the decoder: one hands every forward pass a fresh state, one checks that the layers received it.
-Nothing of the model is patched or copied, and no state outlives a forward pass.
+Nothing of the model is patched or copied, and no state outlives a forward pass. A dynamic cache that
+comes along grows in place from then on.
 """
 
 from __future__ import annotations
