@@ -34,7 +34,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 test-gpu: ## the tests of kernels and graphs on an NVIDIA GPU, in the Python that has torch for it
 	$(PYTHON) -m pytest -n 8 tests/kernels/test_triton.py tests/kernels/test_append_token.py \
 		tests/kernels/test_linear.py tests/kernels/test_rms_norm.py tests/kernels/test_rotate_append.py \
-		tests/kernels/test_row_parts.py tests/bench/test_peers.py tests/gpu
+		tests/kernels/test_row_parts.py tests/kernels/test_selection_launches.py tests/bench/test_peers.py tests/gpu
 
 test-oldest: $(OLDEST)/.installed ## the integration tests on the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest -n auto -m 'not distribution' tests/integrations

@@ -7,10 +7,10 @@ from tidaldecode.bench.breakdown import DENSE, GAPS, PARTS, REST, SELECTION, SPA
 from tidaldecode.bench.decode import StepTime
 from tidaldecode.bench.plots import plot_decode
 from tidaldecode.kernels.triton import (
+    _selection,
     _splitk,
     dense_decode,
     score_tokens,
-    select_tokens,
     sparse_decode,
 )
 
@@ -21,7 +21,7 @@ def test_merging_counts_as_the_attention_before_it_and_waiting_as_nothing():
         ("_dense_kernel", 8.5, 12.5),
         ("_merge_kernel", 8.75, 13.5),  # launched early
         ("_score_kernel", 13.5, 14.0),
-        ("_emit_kernel", 14.0, 14.25),
+        ("select_kernel", 14.0, 14.25),
         ("gemm", 15.0, 23.0),
         ("_sparse_kernel", 23.0, 25.0),
         ("_merge_kernel", 24.0, 25.125),
@@ -31,7 +31,7 @@ def test_merging_counts_as_the_attention_before_it_and_waiting_as_nothing():
 
 
 def test_every_name_is_a_kernel():
-    modules = (_splitk, dense_decode, score_tokens, select_tokens, sparse_decode)
+    modules = (_selection, _splitk, dense_decode, score_tokens, sparse_decode)
     for name in [*breakdown._KERNELS, breakdown._MERGE]:
         assert any(hasattr(module, name) for module in modules), name
 

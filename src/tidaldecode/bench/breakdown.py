@@ -22,9 +22,7 @@ PARTS = (REST, DENSE, SELECTION, SPARSE, GAPS)
 _KERNELS = {
     "_dense_kernel": DENSE,
     "_score_kernel": SELECTION,
-    "_count_kernel": SELECTION,
-    "_candidates_kernel": SELECTION,
-    "_emit_kernel": SELECTION,
+    "select_kernel": SELECTION,
     "_sparse_kernel": SPARSE,
 }
 _MERGE = "_merge_kernel"

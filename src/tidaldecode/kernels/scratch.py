@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 _FEWEST = 4096
-HISTOGRAM, FEW_SETS, COPIES = 2048, 8, 8
+HISTOGRAM, OCTAVES, FEW_SETS, COPIES = 2048, 32, 16, 4
 """Bins of a set's histogram, of which there are so many copies for up to so many sets."""
 CANDIDATES = 4096
 """Listed candidates of a set, eight bytes each."""
@@ -32,7 +32,13 @@ class Scratch:
 
 def histogram_elements(sets: int) -> int:
     """Zeroed elements that a selection for up to ``sets`` sets in all asks for."""
-    return HISTOGRAM * max(sets, COPIES * min(sets, FEW_SETS))
+    counters = (OCTAVES + 1) * sets
+    return HISTOGRAM * max(sets, COPIES * min(sets, FEW_SETS)) + counters
+
+
+def padded_width(width: int) -> int:
+    """Tokens that a row of logits or scores has room for: a multiple of 64 bytes."""
+    return width + -width % 16
 
 
 def select_bytes(query_heads: int, sets: int, width: int, budget: int) -> int:
@@ -41,6 +47,6 @@ def select_bytes(query_heads: int, sets: int, width: int, budget: int) -> int:
     Logits of every query head and scores of every set, fp32, are most of it. What the parts of its
     attention need beside them (an output of every head for each, some MiB a batch) is not in it.
     """
-    scores = 4 * width * (query_heads + sets)
+    scores = 4 * padded_width(width) * (query_heads + sets)
     chosen = sets * (8 * CANDIDATES + 4 * (budget + width // 1024 + 16))
     return scores + chosen

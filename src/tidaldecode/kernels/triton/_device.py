@@ -13,6 +13,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of the cache that a GPU's multiprocessors share."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
 def fitting_stages(stages: int, tile_bytes: int, device: torch.device) -> int:
     """Pipeline stages of a loop over tiles: ``stages``, or fewer where shared memory is short.
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 BINS: tl.constexpr = tl.constexpr(2048)
+OCTAVES: tl.constexpr = tl.constexpr(32)
+OCTAVE_BITS: tl.constexpr = tl.constexpr(6)  # of a bin's number
 DIGIT_BITS: tl.constexpr = tl.constexpr(10)
 DIGITS: tl.constexpr = tl.constexpr(1024)
 POSITION_BITS: tl.constexpr = tl.constexpr(23)

@@ -13,10 +13,10 @@ from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import ScoreKind
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
 from tidaldecode.kernels.triton._cuts import Cuts, find_part
-from tidaldecode.kernels.triton._device import fitting_stages
+from tidaldecode.kernels.triton._device import cache_bytes, fitting_stages
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_nothing, store_split
-from tidaldecode.kernels.triton.score_tokens import score_tokens
+from tidaldecode.kernels.triton.score_tokens import empty_rows, score_tokens
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def _attend_tile(
     k_row, k_head, k_token, k_channel, v_row, v_head, v_token, v_channel,
     PAGED: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
+    LOGITS_STAY: tl.constexpr,
     QUERIES: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -48,7 +49,9 @@ def _attend_tile(
     logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     if KEEP_LOGITS:
         place = number.to(tl.int64)[:, None] * logits_width + token[None, :]
-        tl.store(logits + place, logit, mask=kept[:, None] & there[None, :])
+        tl.store(
+            logits + place, logit, mask=kept[:, None] & there[None, :], eviction_policy=LOGITS_STAY
+        )
     if MASKED:
         seen = there[None, :]
         if QUERIES > 1:
@@ -82,6 +85,7 @@ def _dense_kernel(
     PADDED: tl.constexpr,
     PAGED: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
+    LOGITS_STAY: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -157,14 +161,14 @@ def _dense_kernel(
                     query, peak, total, acc, first, highest, limit, number, kept, row, head,
                     k, v, block_table, logits, scale, table_stride, block_size, logits_width,
                     k_row, k_head, k_token, k_channel, v_row, v_head, v_token, v_channel,
-                    PAGED, KEEP_LOGITS, QUERIES, D, DP, BLOCK, False,
+                    PAGED, KEEP_LOGITS, LOGITS_STAY, QUERIES, D, DP, BLOCK, False,
                 )  # fmt: skip
         for first in range(masked, highest, BLOCK):
             peak, total, acc = _attend_tile(
                 query, peak, total, acc, first, highest, limit, number, kept, row, head,
                 k, v, block_table, logits, scale, table_stride, block_size, logits_width,
                 k_row, k_head, k_token, k_channel, v_row, v_head, v_token, v_channel,
-                PAGED, KEEP_LOGITS, QUERIES, D, DP, BLOCK, True,
+                PAGED, KEEP_LOGITS, LOGITS_STAY, QUERIES, D, DP, BLOCK, True,
             )  # fmt: skip
         store_split(
             acc, peak, total, slot, number, kept, part_out, part_lse, out, lse, parts == 1,
@@ -207,10 +211,10 @@ def attend(
     block_table: torch.Tensor | None,
     keep_logits: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``out [B, Hq, D]``, ``lse [B, Hq]`` and, if kept, logits in units of log 2 ``[B, Hq, W]``.
+    """``out [B, Hq, D]``, ``lse [B, Hq]`` and, if kept, logits ``[B, Hq, W]`` in units of log 2.
 
-    Logits outside a row's range are void. With ``q [B, T, Hq, D]``, ``out [B, T, Hq, D]`` and
-    ``lse [B, T, Hq]``; no logits are kept then.
+    Logits outside a row's range are void, and rows of them lie apart. With ``q [B, T, Hq, D]``,
+    ``out [B, T, Hq, D]`` and ``lse [B, T, Hq]``; no logits are kept then.
     """
     batch, query_heads, head_dim = len(q), q.shape[-2], q.shape[-1]
     queries = 1 if q.dim() == 3 else q.shape[1]
@@ -228,10 +232,7 @@ def attend(
     results = SplitOutputs.make(q, cuts)
     # Programs that wait beside a predecessor's would be spread unevenly over the multiprocessors.
     launch = overlap(q.device) if programs == 1 else {"OVERLAP": False}
-    logits = None
-    if keep_logits:
-        shape = (batch, query_heads, capacity)
-        logits = torch.empty(shape, dtype=torch.float32, device=q.device)
+    logits = empty_rows(batch, query_heads, capacity, q.device) if keep_logits else None
     if batch == 0:
         return results.out, results.lse, logits
     _dense_kernel[(kv_heads * tiles, cuts.items)](
@@ -240,7 +241,7 @@ def attend(
         scale * LOG2E,
         0 if block_table is None else block_table.stride(0),
         k.shape[1] if paged else 0,
-        capacity,
+        0 if logits is None else logits.stride(1),
         batch,
         cuts.most,
         cuts.share or 0,
@@ -251,6 +252,7 @@ def attend(
         PADDED=starts is not None,
         PAGED=paged,
         KEEP_LOGITS=keep_logits,
+        LOGITS_STAY=_stay(logits),
         QUERIES=queries,
         GROUP=group,
         ROWS=rows,
@@ -266,6 +268,21 @@ def attend(
     )  # fmt: skip
     results.merge()
     return results.out, results.lse, logits
+
+
+def _stay(logits: torch.Tensor | None) -> str:
+    """How logits are stored: to leave the GPU's cache last, where it has room for about all of them.
+
+    They are read right after the attention, whose K and V would drive them out.
+    """
+    if logits is None or logits.device.type != "cuda" or len(logits) > _STAYING_ROWS:
+        return ""
+    size = logits.untyped_storage().nbytes()
+    return "evict_last" if size <= cache_bytes(logits.device) * 9 // 8 else ""
+
+
+_STAYING_ROWS = 16
+"""Rows from which on it does not depend on their size what is compiled."""
 
 
 def _tile_rows(queries: int, group: int, padded_dim: int, element_size: int) -> int:

@@ -7,8 +7,7 @@ import torch
 from tidaldecode.kernels.scratch import Scratch
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton.dense_decode import attend
-from tidaldecode.kernels.triton.score_tokens import score_tokens
-from tidaldecode.kernels.triton.select_tokens import SelectionBuffers, select_tokens
+from tidaldecode.kernels.triton.select_tokens import select_by_logits
 
 
 def dense_select(
@@ -32,26 +31,16 @@ def dense_select(
         q, k, v, seq_lens, scale=scale, starts=starts, block_table=block_table, keep_logits=True
     )
     assert logits is not None
-    buffers = SelectionBuffers.make(len(q) * sets, logits.shape[2], budget, scratch, q.device)
-    scores = score_tokens(
+    selection = select_by_logits(
         logits,
         lse,
         seq_lens,
         sets=sets,
         softmax=softmax,
-        starts=starts,
-        selection=buffers,
-        sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens,
-    )
-    selection = select_tokens(
-        scores,
-        seq_lens,
         budget=budget,
         sink_tokens=sink_tokens,
         recent_tokens=recent_tokens,
         starts=starts,
         scratch=scratch,
-        counted=buffers,
     )
     return out, lse, selection

@@ -1,4 +1,4 @@
-"""From kept logits to token scores, and into the selection's histograms while they are at hand."""
+"""From kept logits to token scores."""
 
 from __future__ import annotations
 
@@ -6,68 +6,76 @@ import torch
 import triton
 import triton.language as tl
 
+from tidaldecode.kernels.scratch import padded_width
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
-from tidaldecode.kernels.triton._radix import BINS, token_key
 from tidaldecode.kernels.triton._splitk import LN2, LOG2E
-from tidaldecode.kernels.triton.select_tokens import SelectionBuffers, count_bins
 
 TOKENS = 256
 """Tokens of one program."""
-_HEADS_AT_ONCE = 32
+HEADS_AT_ONCE = 32
+
+
+@triton.jit
+def summed_scores(
+    logits, lse, index, token, start, end, logits_width, log2e,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Scores ``[TOKENS]`` of one set, over its ``HEADS`` heads; void outside ``start`` to ``end``."""
+    # Bounds that divide by four let four logits be loaded at once; rows have room for them.
+    near = (token >= start // 4 * 4) & (token < tl.cdiv(end, 4) * 4)
+    score = tl.zeros([TOKENS], tl.float32)
+    for low in tl.static_range(0, HEADS, ROWS):
+        head = low + tl.arange(0, ROWS)
+        query = index.to(tl.int64) * HEADS + head
+        at = logits + query[:, None] * logits_width + token[None, :]
+        known = (head < HEADS)[:, None]
+        wanted = known & near[None, :]
+        # Nobody reads them again.
+        logit = tl.load(at, mask=wanted, other=float("-inf"), eviction_policy="evict_first")
+        if SOFTMAX:
+            total = tl.load(lse + query, mask=head < HEADS, other=0.0) * log2e
+            score += tl.sum(tl.exp2(logit - total[:, None]), 0)
+        else:
+            score += tl.sum(tl.where(known, logit * LN2, 0.0), 0)
+    return score
 
 
 @triton.jit
 def _score_kernel(
-    logits, lse, seq_lens, starts, scores, histograms, listed,
-    sets, width, sinks, recents, log2e,
+    logits, lse, seq_lens, starts, scores, sets, width, logits_width, log2e,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    COUNT: tl.constexpr,
     PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
-    COPIES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(ceil(W / TOKENS), B * R)``: scores of some tokens of one set, over its ``HEADS`` heads.
-
-    With ``COUNT`` the tokens' bins are added to the histograms, and scores outside the row's range stay
-    void; without it they are -inf.
-    """
+    """Grid ``(ceil(W / TOKENS), B * R)``; scores outside the row's range are -inf."""
     wait_for_predecessor(OVERLAP)
     part, index = tl.program_id(0), tl.program_id(1)
     row = index // sets
     end = tl.load(seq_lens + row)
     start = tl.load(starts + row) if PADDED else 0
     first = part * TOKENS
-    if COUNT and part == 0:
-        tl.store(listed + index, 0)
     token = first + tl.arange(0, TOKENS)
     there = (token >= start) & (token < end)
     target = scores + index.to(tl.int64) * width + token
     if (first < end) & (first + TOKENS > start):
-        score = tl.zeros([TOKENS], tl.float32)
-        for low in tl.static_range(0, HEADS, ROWS):
-            head = low + tl.arange(0, ROWS)
-            query = index.to(tl.int64) * HEADS + head
-            valid = (head < HEADS)[:, None] & there[None, :]
-            logit = tl.load(
-                logits + query[:, None] * width + token[None, :], mask=valid, other=float("-inf")
-            )
-            if SOFTMAX:
-                total = tl.load(lse + query, mask=head < HEADS, other=0.0) * log2e
-                # An empty row's log-sum-exp is -inf, but then no token is there.
-                score += tl.sum(tl.where(valid, tl.exp2(logit - total[:, None]), 0.0), 0)
-            else:
-                score += tl.sum(tl.where(valid, logit * LN2, 0.0), 0)
-        if COUNT:
-            tl.store(target, score, mask=there)
-            key = token_key(score, token, start, end, sinks, recents)
-            count_bins(key, there, histograms + index * COPIES * BINS, part, COPIES)
-        else:
-            tl.store(target, tl.where(there, score, float("-inf")), mask=token < width)
-    elif not COUNT:
+        score = summed_scores(
+            logits, lse, index, token, start, end, logits_width, log2e, HEADS, ROWS, SOFTMAX, TOKENS
+        )
+        tl.store(target, tl.where(there, score, float("-inf")), mask=token < width)
+    else:
         tl.store(target, tl.full([TOKENS], float("-inf"), tl.float32), mask=token < width)
+
+
+def empty_rows(batch: int, rows: int, width: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised ``[B, rows, width]`` fp32 with room behind every row, so that it starts aligned."""
+    shape = (batch, rows, padded_width(width))
+    return torch.empty(shape, dtype=torch.float32, device=device)[..., :width]
 
 
 def score_tokens(
@@ -78,33 +86,20 @@ def score_tokens(
     sets: int,
     softmax: bool,
     starts: torch.Tensor | None,
-    selection: SelectionBuffers | None = None,
-    sink_tokens: int = 0,
-    recent_tokens: int = 0,
 ) -> torch.Tensor:
-    """Scores ``[B, R, W]`` fp32 from logits in units of log 2 ``[B, Hq, W]`` and ``lse [B, Hq]``.
-
-    With ``selection`` its histograms are filled, and scores outside a row's range stay void; without
-    it they are -inf.
-    """
+    """Scores ``[B, R, W]`` fp32 from logits of `attend` ``[B, Hq, W]`` and ``lse [B, Hq]``."""
     batch, query_heads, width = logits.shape
     scores = torch.empty((batch, sets, width), dtype=torch.float32, device=logits.device)
     if batch == 0:
         return scores
-    count = selection is not None
     heads = query_heads // sets
     _score_kernel[(max(1, triton.cdiv(width, TOKENS)), batch * sets)](
-        logits, lse, seq_lens, starts, scores,
-        selection.histograms if selection else None,
-        selection.listed if selection else None,
-        sets, width, sink_tokens, recent_tokens, LOG2E,
+        logits, lse, seq_lens, starts, scores, sets, width, logits.stride(1), LOG2E,
         HEADS=heads,
-        ROWS=min(_HEADS_AT_ONCE, triton.next_power_of_2(heads)),
+        ROWS=min(HEADS_AT_ONCE, triton.next_power_of_2(heads)),
         SOFTMAX=softmax,
-        COUNT=count,
         PADDED=starts is not None,
         TOKENS=TOKENS,
-        COPIES=selection.copies if selection else 1,
         num_warps=4,
         **overlap(logits.device),
     )  # fmt: skip
