@@ -48,7 +48,7 @@ def small_tiles(tokens: int | None = 16, stretch: int | None = 64) -> Iterator[N
                 patch.setattr(module, "_tile", lambda *_: (tokens, 4, 2))
             patch.setattr(SPLITK, "_MERGED_SPLITS", 4)
         if stretch is not None:
-            for name in ("SHORT_CHUNK", "CHUNK", "_COUNTED", "_SORTED"):
+            for name in ("SHORT_CHUNK", "CHUNK", "COUNTED", "SHORT_STRETCH", "STRETCH"):
                 patch.setattr(SELECT, name, stretch)
             patch.setattr(SCORE, "TOKENS", stretch)
         yield

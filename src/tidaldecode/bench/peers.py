@@ -72,7 +72,11 @@ def _vllm_flash(
     q: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], tokens: int, scale: float
 ) -> Callable[[int], torch.Tensor]:
     """FlashAttention 3 as vLLM ships it."""
+    # vLLM turns cuDNN's attention off, which torch SDPA would take, and is timed beside it.
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
     from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
 
     batch = len(q)
     pages = -(-tokens // PAGE)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 _FEWEST = 4096
-HISTOGRAM, OCTAVES, FEW_SETS, COPIES = 2048, 32, 16, 4
-"""Bins of a set's histogram, of which there are so many copies for up to so many sets."""
+HISTOGRAM, OCTAVES, FEW_SETS, COPIES = 2048, 32, 8, 8
+"""Bins of a set's histogram, its octaves, and up to how many sets there are how many copies at most."""
 CANDIDATES = 4096
 """Listed candidates of a set, eight bytes each."""
 

@@ -38,7 +38,7 @@ _TILE = 512
 _WARPS = 8
 """Of a program that goes through all phases."""
 _COPIES, _FEW_SETS = COPIES, FEW_SETS
-"""Copies of a histogram, where there are at most so many sets."""
+"""Copies of a histogram at most, where there are at most so many sets."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _select(
             f"scores: expected at most {1 << POSITION_BITS.value:,} tokens, got {width:,}"
         )
     launches = _launches(width, batch * sets, scores.device)
-    copies = _COPIES if batch * sets <= _FEW_SETS else 1
+    copies = _copies(batch * sets, len(launches) == 1)
     buffers = _Buffers.make(
         batch * sets, launches[-1].programs, copies, budget, scratch, scores.device
     )
@@ -212,11 +212,19 @@ def _launches(width: int, sets: int, device: torch.device) -> list[_Launch]:
         chunk = SHORT_CHUNK if short else CHUNK
         programs = min(most, _chunks(width, chunk))
         return [_Launch(1, 3, programs, chunk, _WARPS, floor=not short)]
+    warps, tokens = (4, SHORT_STRETCH) if sets <= _FEW_SETS else (2, STRETCH)
     return [
-        _Launch(1, 1, _chunks(width, _COUNTED), _COUNTED, 2),
-        _Launch(2, 2, _chunks(width, _SORTED), _SORTED, 16),
-        _Launch(3, 3, _chunks(width, _SORTED), _SORTED, 16),
+        _Launch(1, 1, _chunks(width, COUNTED), COUNTED, warps),
+        _Launch(2, 2, _chunks(width, tokens), tokens, 16),
+        _Launch(3, 3, _chunks(width, tokens), tokens, 16),
     ]
+
+
+def _copies(sets: int, at_once: bool) -> int:
+    """Copies of a histogram: more are faster to add to, and slower to read by every program."""
+    if sets > _FEW_SETS:
+        return 1
+    return _COPIES // 2 if at_once else _COPIES
 
 
 def _chunks(width: int, tokens: int) -> int:
@@ -227,5 +235,7 @@ _SETS_AT_ONCE = 4
 """Sets whose programs are few enough to keep the GPU busy only together."""
 SHORT_CHUNK, CHUNK = 512, 1024
 """Tokens that a program takes at a time in one launch for all phases."""
-_COUNTED, _SORTED = 256, 4096
-"""Tokens of a program where the first phase, and where the others are a launch each."""
+COUNTED = 256
+"""Tokens of a program where the first phase is a launch of its own."""
+SHORT_STRETCH, STRETCH = 2048, 4096
+"""Tokens of a program where the others are: of few sets, and of more."""
