@@ -15,6 +15,7 @@ from tidaldecode.kernels import (
     ScoreKind,
     Selection,
     dense_decode,
+    dense_output,
     dense_select,
     page_bound_scores,
     select_tokens,
@@ -177,6 +178,18 @@ def decode_attention(
         )
         state.hold(layer)
         return found if out is None else out.copy_(found)
+    if role is Role.DENSE:
+        found = dense_output(
+            q,
+            k,
+            v,
+            state.seq_lens,
+            scale=scale,
+            starts=state.starts,
+            block_table=state.block_table,
+            backend=config.backend,
+        )
+        return found if out is None else out.copy_(found)
     found, _, scores = dense_decode(
         q,
         k,
@@ -185,13 +198,13 @@ def decode_attention(
         scale=scale,
         starts=state.starts,
         block_table=state.block_table,
-        scores=score_kind(config) if role is Role.SELECT else None,
+        scores=score_kind(config),
         backend=config.backend,
     )
-    if scores is not None and state.on_scores is not None:
-        state.on_scores(layer, scores)
-        state.select(scores)
-        state.hold(layer)
+    assert scores is not None and state.on_scores is not None
+    state.on_scores(layer, scores)
+    state.select(scores)
+    state.hold(layer)
     return found if out is None else out.copy_(found)
 
 

@@ -73,7 +73,7 @@ def _vllm_flash(
 ) -> Callable[[int], torch.Tensor]:
     """FlashAttention 3 as vLLM ships it."""
     # vLLM turns cuDNN's attention off, which torch SDPA would take, and is timed beside it.
-    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     torch.backends.cuda.enable_cudnn_sdp(allowed)

@@ -21,6 +21,7 @@ The contract that the kernels share (checked once, in `tidaldecode.kernels.contr
 from tidaldecode.kernels.append_token import append_token
 from tidaldecode.kernels.contract import ScoreKind
 from tidaldecode.kernels.dense_decode import dense_decode
+from tidaldecode.kernels.dense_output import dense_output
 from tidaldecode.kernels.dense_select import dense_select
 from tidaldecode.kernels.linear import linear
 from tidaldecode.kernels.page_bounds import page_bound_scores
@@ -34,6 +35,7 @@ __all__ = [
     "Selection",
     "append_token",
     "dense_decode",
+    "dense_output",
     "dense_select",
     "linear",
     "page_bound_scores",

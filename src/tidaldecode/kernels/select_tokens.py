@@ -69,16 +69,16 @@ def select_tokens(
             starts=starts,
             scratch=scratch or Scratch(),
         )
-    row_ranges(seq_lens, starts, batch, width)
-    ends = seq_lens.long()[:, None, None]
-    begins = torch.zeros_like(ends) if starts is None else starts.long()[:, None, None]
-    positions = torch.arange(width, device=scores.device)
-    valid = (positions >= begins) & (positions < ends)
-    forced = (positions < begins + sink_tokens) | (positions >= ends - 1 - recent_tokens)
+    ranges = row_ranges(seq_lens, starts, batch, width)
     lowest = torch.finfo(scores.dtype).min
-    finite = scores.nan_to_num(nan=lowest, neginf=lowest)
-    ranked = torch.where(valid, finite, -torch.inf).masked_fill_(forced & valid, torch.inf)
-    kept = _keep_best(ranked, min(budget, width)) & valid
+    ranked = scores.nan_to_num(nan=lowest, neginf=lowest)
+    for row, (start, end) in zip(ranked, ranges, strict=True):
+        row[:, start : min(start + sink_tokens, end)] = torch.inf
+        row[:, max(start, end - 1 - recent_tokens) : end] = torch.inf
+        row[:, :start] = row[:, end:] = -torch.inf
+    kept = _keep_best(ranked, min(budget, width))
+    for row, (start, end) in zip(kept, ranges, strict=True):
+        row[:, :start] = row[:, end:] = False
     return _compact(kept, budget)
 
 
