@@ -73,7 +73,7 @@ def select_tokens(
     lowest = torch.finfo(scores.dtype).min
     ranked = scores.nan_to_num(nan=lowest, neginf=lowest)
     for row, (start, end) in zip(ranked, ranges, strict=True):
-        row[:, start : min(start + sink_tokens, end)] = torch.inf
+        row[:, start : start + sink_tokens] = torch.inf
         row[:, max(start, end - 1 - recent_tokens) : end] = torch.inf
         row[:, :start] = row[:, end:] = -torch.inf
     kept = _keep_best(ranked, min(budget, width))
