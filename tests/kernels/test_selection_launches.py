@@ -129,3 +129,12 @@ def test_logits_stay_in_the_cache_where_they_fit(rows, heads, width, stays, monk
 
     assert (DENSE._stay(OnGpu()) == "evict_last") == stays
     assert DENSE._stay(None) == DENSE._stay(torch.empty(1, 1, 1)) == ""
+
+
+@pytest.mark.parametrize("sets", [1, 6, 9])
+@pytest.mark.parametrize("tokens", [1, 300, 1500, 5000])
+def test_short_rows_of_a_long_cache_are_chosen_from_as_shipped(sets, tokens):
+    scores = torch.rand(1, sets, 20_000) ** 8
+    options = {"budget": 40, "sink_tokens": 4, "recent_tokens": 15}
+    call = {"scores": scores, "seq_lens": int32([tokens]), "starts": None, **options}
+    assert_selection_is_exact(choose(call, Scratch()), call)

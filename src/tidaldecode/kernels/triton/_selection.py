@@ -201,7 +201,9 @@ def select_kernel(
             tl.store(counted + program, larger)
     if FIRST <= 2 and LAST == 3:
         wait_for_all(arrived + index, (3 - FIRST) * programs)
-    if LAST == 3:  # noqa: SIM102
+    if LAST == 3:
+        for copy in range(program, COPIES, programs):
+            tl.store(copies + copy * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
         if working:
             target = positions + index.to(tl.int64) * budget
             last_bin = tl.load(found + index * 2, cache_modifier=".cg")
@@ -210,8 +212,6 @@ def select_kernel(
                 source, score_token, listed + index, listing, counted, target, last_bin, room,
                 program, first, last, start, end, sinks, recents, LISTED, FEW, TILE, CHUNK,
             )  # fmt: skip
-            for copy in range(program, COPIES, programs):
-                tl.store(copies + copy * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
             if program == 0:
                 numbers = tl.arange(0, OCTAVES)
                 tl.store(octaves + index * OCTAVES + numbers, tl.zeros([OCTAVES], tl.int32))
