@@ -8,7 +8,13 @@ from reference_attention import assert_attends_exactly, attention
 from tidaldecode.algorithm import DecodeState, LayerPlan, decode_attention
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
-from tidaldecode.kernels import dense_decode, page_bound_scores, select_tokens, sparse_decode
+from tidaldecode.kernels import (
+    dense_decode,
+    dense_output,
+    page_bound_scores,
+    select_tokens,
+    sparse_decode,
+)
 
 LAYERS, TOKENS, KV_HEADS, GROUP = 7, 60, 2, 3
 ENDS, STARTS = [60, 41, 9, 30], [0, 13, 0, 29]
@@ -120,11 +126,12 @@ def test_every_layer_equals_the_kernels_called_by_hand(config):
         rows = {"seq_lens": case.seq_lens, "starts": case.starts}
         if role == ".":
             expected, _ = sparse_decode(case.q, selection=selection, scale=case.scale, **cache)
+        elif role == "D":
+            expected = dense_output(case.q, scale=case.scale, **rows, **cache)
         else:
             expected, _, scores = dense_decode(
                 case.q, scale=case.scale, scores=kind, **rows, **cache
             )
-        if role == "S":
             selection = select_tokens(
                 scores,
                 **rows,
