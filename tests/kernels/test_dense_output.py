@@ -11,6 +11,7 @@ from reference_attention import attention
 
 from tidaldecode.errors import TidalError
 from tidaldecode.kernels import dense_decode, dense_output
+from tidaldecode.kernels.partition import other_partition
 
 MODULE = importlib.import_module("tidaldecode.kernels.dense_output")
 
@@ -38,7 +39,24 @@ def test_any_case_equals_exact_attention(case, fused):
     out, used = run(case, fused)
     exact, _, _ = attention(case.q, case.k, case.v, case.keep, case.scale)
     torch.testing.assert_close(out.double(), exact, atol=2e-5, rtol=2e-5)
+    if case.layout == "contiguous":
+        assert used == (fused and bool(case.keep.any()))
     assert fused or not used
+
+
+def test_another_partition_rounds_otherwise():
+    case = make_case(1, 2, 4, 64, 3000)
+    _, used = run(case, True)
+    with other_partition():
+        _, used_then = run(case, True)
+    assert used and not used_then
+
+
+def test_the_output_is_contiguous_whatever_the_query_is():
+    case = make_case(2, 2, 2, 16, 50)
+    case.q = torch.randn(4, 2, 16).transpose(0, 1)
+    out, used = run(case, True)
+    assert used and out.is_contiguous()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

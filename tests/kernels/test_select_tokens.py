@@ -106,6 +106,14 @@ def test_repeated_runs_are_equal_and_leave_the_scores_alone():
     assert torch.equal(scores, before)
 
 
+def test_scores_that_require_a_gradient_are_ranked_as_any():
+    scores = torch.rand(2, 3, 20)
+    lens = int32([20, 11])
+    plain = select_tokens(scores, lens, budget=5)
+    ranked = select_tokens(scores.requires_grad_(), lens, budget=5)
+    assert torch.equal(plain.positions, ranked.positions)
+
+
 def test_a_selection_moves_between_devices_only_where_it_must():
     selection = select_tokens(torch.zeros(1, 1, 4), int32([4]), budget=2)
     assert selection.to(torch.device("cpu")) is selection

@@ -30,6 +30,7 @@ from tidaldecode.kernels.scratch import Scratch
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HERE = torch.empty(0, device=DEVICE).device  # with its number: a scratch tells GPUs apart
 HALF = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
 EXAMPLES = 60 if DEVICE == "cuda" else 40
 SCORE_KINDS = ("shared", "kv_head", "query_head", "query_head_logits")
@@ -122,7 +123,7 @@ def run_select(scratch: Scratch | None = None, **call) -> Selection:
     selection = select_tokens(
         backend="triton", scratch=scratch, **{name: moved(value) for name, value in call.items()}
     )
-    assert not scratch.zeros(1, torch.device(DEVICE)).any(), "scratch was not left zeroed"
+    assert not scratch.zeros(1, HERE).any(), "scratch was not left zeroed"
     return selection.to(torch.device("cpu"))
 
 
@@ -184,7 +185,7 @@ def test_dense_select_is_dense_decode_and_select_tokens(kind, layout):
     assert torch.equal(out.cpu(), expected_out) and torch.equal(lse.cpu(), expected_lse)
     call = {"scores": scores, "seq_lens": case.seq_lens, "starts": case.starts, **options}
     assert_selection_is_exact(selection.to(torch.device("cpu")), call)
-    assert not scratch.zeros(1, torch.device(DEVICE)).any(), "scratch was not left zeroed"
+    assert not scratch.zeros(1, HERE).any(), "scratch was not left zeroed"
 
 
 @pytest.mark.parametrize("group", [1, 3, 6, 16])

@@ -9,6 +9,7 @@ from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import check_attention_inputs, check_rows, row_ranges
 from tidaldecode.kernels.dense_decode import dense_decode
 from tidaldecode.kernels.dispatch import resolve_backend
+from tidaldecode.kernels.partition import is_other
 from tidaldecode.processor import is_intel
 
 
@@ -46,7 +47,7 @@ def dense_output(
         )
         return out
     check_rows(seq_lens, starts, batch, q.device)
-    out = torch.zeros_like(q)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     for row, (start, end) in enumerate(
         row_ranges(seq_lens, starts, batch, layout.capacity(k, block_table))
     ):
@@ -69,4 +70,5 @@ def _fused_is_faster(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_heads
         and k.stride(-1) == v.stride(-1) == 1
         and torch.get_num_threads() <= kv_heads
         and is_intel()
+        and not is_other()
     )

@@ -24,8 +24,13 @@ def other_partition() -> Iterator[None]:
         _other.reset(token)
 
 
+def is_other() -> bool:
+    """Whether rows are cut into another number of parts; what cuts none must be done otherwise then."""
+    return _other.get()
+
+
 def parts(usual: int) -> int:
     """Parts to cut a row into where ``usual`` would be made: half as many, or two instead of one."""
-    if not _other.get():
+    if not is_other():
         return usual
     return usual // 2 if usual > 1 else 2

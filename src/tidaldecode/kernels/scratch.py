@@ -48,5 +48,5 @@ def select_bytes(query_heads: int, sets: int, width: int, budget: int) -> int:
     attention need beside them (an output of every head for each, some MiB a batch) is not in it.
     """
     scores = 4 * padded_width(width) * (query_heads + sets)
-    chosen = sets * (8 * CANDIDATES + 4 * (budget + width // 1024 + 16))
+    chosen = sets * (8 * CANDIDATES + 4 * (budget + width // 512 + 16))
     return scores + chosen

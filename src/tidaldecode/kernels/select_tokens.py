@@ -71,7 +71,7 @@ def select_tokens(
         )
     ranges = row_ranges(seq_lens, starts, batch, width)
     lowest = torch.finfo(scores.dtype).min
-    ranked = scores.nan_to_num(nan=lowest, neginf=lowest)
+    ranked = scores.detach().nan_to_num(nan=lowest, neginf=lowest)
     for row, (start, end) in zip(ranked, ranges, strict=True):
         row[:, start : start + sink_tokens] = torch.inf
         row[:, max(start, end - 1 - recent_tokens) : end] = torch.inf
