@@ -295,6 +295,7 @@ def test_a_hole_inside_a_set_is_skipped_and_padding_may_fill_a_split():
 def test_scores_of_any_range_are_sorted_out(low, high, few, listed, monkeypatch):
     monkeypatch.setattr(SELECT, "_FEW", few)
     monkeypatch.setattr(SELECT, "_LISTED", listed)
+    monkeypatch.setattr(SELECT, "_TILE", 64)
     scores = torch.empty(1, 2, 500).uniform_(low, high)
     scores[:, :, ::7] = scores[:, :, :1]
     for budget in (1, 20, 300):
