@@ -90,6 +90,7 @@ def list_stretch(
         bins = key_bin(key)
         candidate = (there & (bins == last_bin)).to(tl.int32)
         larger = (there & (bins > last_bin)).to(tl.int32)
+        # Two sums in one; a chunk has fewer than 2**16 tokens.
         both = tl.sum((larger << 16) + candidate, 0)
         above += both >> 16
         if (both & 65535) > 0:

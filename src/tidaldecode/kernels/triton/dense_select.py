@@ -7,7 +7,8 @@ import torch
 from tidaldecode.kernels.scratch import Scratch
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton.dense_decode import attend
-from tidaldecode.kernels.triton.select_tokens import select_by_logits
+from tidaldecode.kernels.triton.score_tokens import empty_rows
+from tidaldecode.kernels.triton.select_tokens import select_tokens
 
 
 def dense_select(
@@ -31,11 +32,11 @@ def dense_select(
         q, k, v, seq_lens, scale=scale, starts=starts, block_table=block_table, keep_logits=True
     )
     assert logits is not None
-    selection = select_by_logits(
-        logits,
-        lse,
+    selection = select_tokens(
+        empty_rows(len(q), sets, logits.shape[2], q.device),
         seq_lens,
-        sets=sets,
+        logits=logits,
+        lse=lse,
         softmax=softmax,
         budget=budget,
         sink_tokens=sink_tokens,

@@ -27,7 +27,7 @@ from tidaldecode.kernels.triton._overlap import overlap
 from tidaldecode.kernels.triton._radix import BINS, OCTAVES, POSITION_BITS
 from tidaldecode.kernels.triton._selection import select_kernel
 from tidaldecode.kernels.triton._splitk import LOG2E
-from tidaldecode.kernels.triton.score_tokens import HEADS_AT_ONCE, empty_rows
+from tidaldecode.kernels.triton.score_tokens import HEADS_AT_ONCE
 
 _LISTED = CANDIDATES
 """Candidates of a set that are listed; if there are more, the scores are read again."""
@@ -101,51 +101,15 @@ def select_tokens(
     recent_tokens: int,
     starts: torch.Tensor | None,
     scratch: Scratch,
+    logits: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    softmax: bool = True,
 ) -> Selection:
-    """Twin of `tidaldecode.kernels.select_tokens`."""
-    return _select(
-        scores, None, None, seq_lens, softmax=False, budget=budget, sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens, starts=starts, scratch=scratch,
-    )  # fmt: skip
+    """Twin of `tidaldecode.kernels.select_tokens`.
 
-
-def select_by_logits(
-    logits: torch.Tensor,
-    lse: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    sets: int,
-    softmax: bool,
-    budget: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    starts: torch.Tensor | None,
-    scratch: Scratch,
-) -> Selection:
-    """`score_tokens` and `select_tokens` of the scores, which are counted as they are made.
-
-    ``logits [B, Hq, W]`` and ``lse [B, Hq]`` of `attend`.
+    With ``logits [B, Hq, W]`` and ``lse [B, Hq]`` of `attend`, ``scores`` are written first, as
+    `score_tokens` makes them, and counted on the way.
     """
-    scores = empty_rows(len(logits), sets, logits.shape[2], logits.device)
-    return _select(
-        scores, logits, lse, seq_lens, softmax=softmax, budget=budget, sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens, starts=starts, scratch=scratch,
-    )  # fmt: skip
-
-
-def _select(
-    scores: torch.Tensor,
-    logits: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    seq_lens: torch.Tensor,
-    *,
-    softmax: bool,
-    budget: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    starts: torch.Tensor | None,
-    scratch: Scratch,
-) -> Selection:
     batch, sets, width = scores.shape
     if width > 1 << POSITION_BITS.value:
         raise TidalError(
