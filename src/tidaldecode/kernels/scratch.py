@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 _FEWEST = 4096
-HISTOGRAM, OCTAVES, FEW_SETS, COPIES = 2048, 32, 8, 8
-"""Bins of a set's histogram, its octaves, and up to how many sets there are how many copies at most."""
+OCTAVES = 32
+"""Octaves of a set's histogram."""
+_MOST_BINS = 1 << 14
+"""Of an octave, over all sets."""
 CANDIDATES = 4096
 """Listed candidates of a set, eight bytes each."""
 
@@ -30,10 +32,14 @@ class Scratch:
         return memory
 
 
+def bin_bits(sets: int) -> int:
+    """An octave of a histogram has 2 to the power of this bins, where there are ``sets`` sets in all."""
+    return min(10, max(6, (_MOST_BINS // max(sets, 1)).bit_length() - 1))
+
+
 def histogram_elements(sets: int) -> int:
     """Zeroed elements that a selection for up to ``sets`` sets in all asks for."""
-    counters = (OCTAVES + 1) * sets
-    return HISTOGRAM * max(sets, COPIES * min(sets, FEW_SETS)) + counters
+    return OCTAVES * (max(_MOST_BINS, sets << bin_bits(sets)) + sets) + sets
 
 
 def padded_width(width: int) -> int:

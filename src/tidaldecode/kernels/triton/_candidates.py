@@ -39,19 +39,19 @@ def lowest_of_few(listing, total, room, first, FEW: tl.constexpr):
 @triton.jit
 def lowest_of_many(
     listing, total, is_listed, source, stride, last_bin, room, first, start, end, sinks, recents,
-    TILE: tl.constexpr,
+    FINE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A bound that just ``room`` ranks reach, found digit by digit; as `lowest_of_few`."""
     begin = tl.where(is_listed, 0, start)
     stop = tl.where(is_listed, total, end)
-    shift, prefix = bin_prefix(last_bin)
+    shift, prefix = bin_prefix(last_bin, FINE)
     equal = total
     while (equal > room) & (shift > 0):
         shift -= DIGIT_BITS
         histogram = tl.zeros([DIGITS], tl.int32)
         for at in range(begin, stop, TILE):
             rank, bins, valid = _candidate_tile(
-                at, stop, listing, is_listed, source, stride, start, end, sinks, recents, TILE
+                at, stop, listing, is_listed, source, stride, start, end, sinks, recents, FINE, TILE
             )
             match = valid & (bins == last_bin) & ((rank >> (shift + DIGIT_BITS)) == prefix)
             digit = ((rank >> shift) & (DIGITS - 1)).to(tl.int32)
@@ -64,7 +64,7 @@ def lowest_of_many(
     stop = tl.where(is_listed, total, first)
     for at in range(begin, stop, TILE):
         rank, bins, valid = _candidate_tile(
-            at, stop, listing, is_listed, source, stride, start, end, sinks, recents, TILE
+            at, stop, listing, is_listed, source, stride, start, end, sinks, recents, FINE, TILE
         )
         accepted = valid & (bins == last_bin) & (rank >= lowest)
         earlier += tl.sum((accepted & (rank_position(rank) < first)).to(tl.int32), 0)
@@ -73,8 +73,9 @@ def lowest_of_many(
 
 @triton.jit
 def _candidate_tile(
-    at, stop, listing, is_listed, source, stride, start, end, sinks, recents, TILE: tl.constexpr
-):
+    at, stop, listing, is_listed, source, stride, start, end, sinks, recents,
+    FINE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """``(rank, bin, valid)`` of ``TILE`` listed candidates, or of as many tokens of the row."""
     slot = at + tl.arange(0, TILE)
     valid = slot < stop
@@ -85,4 +86,4 @@ def _candidate_tile(
         source, stride, slot, slot < tl.where(is_listed, 0, stop), start, end, sinks, recents
     )
     key = tl.where(is_listed, rank >> POSITION_BITS, key)
-    return tl.where(is_listed, rank, token_rank(key, slot)), key_bin(key), valid
+    return tl.where(is_listed, rank, token_rank(key, slot)), key_bin(key, FINE), valid

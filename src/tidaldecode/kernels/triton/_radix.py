@@ -2,8 +2,8 @@
 
 A token's key is an unsigned 32-bit number, held in int64, that orders like its score. Its rank is the
 key with the position below it, so that no two tokens are equal. Its bin is a coarse digit of the key:
-64 to an octave from 2**-27 to 2**5, where softmax probabilities lie; the first and the last bin hold
-whatever lies beyond.
+``2**FINE`` to an octave from 2**-27 to 2**5, where softmax probabilities lie; the first and the last
+bin hold whatever lies beyond. ``FINE`` is 6 or more.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BINS: tl.constexpr = tl.constexpr(2048)
 OCTAVES: tl.constexpr = tl.constexpr(32)
-OCTAVE_BITS: tl.constexpr = tl.constexpr(6)  # of a bin's number
 DIGIT_BITS: tl.constexpr = tl.constexpr(10)
 DIGITS: tl.constexpr = tl.constexpr(1024)
 POSITION_BITS: tl.constexpr = tl.constexpr(23)
 _LAST_POSITION: tl.constexpr = tl.constexpr((1 << 23) - 1)
 _SIGN: tl.constexpr = tl.constexpr(1 << 31)
 _HIGHEST: tl.constexpr = tl.constexpr((1 << 32) - 1)
-_BIN_SHIFT: tl.constexpr = tl.constexpr(17)  # leaves sign, exponent and six bits of mantissa
-_FIRST_STEP: tl.constexpr = tl.constexpr((1 << 14) + (100 << 6))  # of 2**-27, positive
-_INNER_SHIFT: tl.constexpr = tl.constexpr(40)  # _BIN_SHIFT + POSITION_BITS
+_MANTISSA_BITS: tl.constexpr = tl.constexpr(23)
+_FIRST_OCTAVE: tl.constexpr = tl.constexpr((1 << 8) + 100)  # sign and exponent of 2**-27
+_COARSEST: tl.constexpr = tl.constexpr(6)
+_INNER_SHIFT: tl.constexpr = tl.constexpr(40)  # below what _COARSEST bins share
 _OUTER_SHIFT: tl.constexpr = tl.constexpr(60)  # above every rank, a whole number of digits away
 
 
@@ -38,19 +37,20 @@ def token_key(score, position, start, end, sinks, recents):
 
 
 @triton.jit
-def key_bin(key):
+def key_bin(key, FINE: tl.constexpr):
     """The bin of a key; a larger key has no smaller bin."""
-    step = (key >> _BIN_SHIFT).to(tl.int32) - _FIRST_STEP
-    return tl.minimum(tl.maximum(step, 0), BINS - 1)
+    step = (key >> (_MANTISSA_BITS - FINE)).to(tl.int32) - (_FIRST_OCTAVE << FINE)
+    return tl.minimum(tl.maximum(step, 0), (OCTAVES << FINE) - 1)
 
 
 @triton.jit
-def bin_prefix(chosen):
+def bin_prefix(chosen, FINE: tl.constexpr):
     """``(shift, prefix)``: what ranks of this bin share above shift; the outer bins share nothing."""
-    inner = (chosen > 0) & (chosen < BINS - 1)
+    inner = (chosen > 0) & (chosen < (OCTAVES << FINE) - 1)
+    coarse = (chosen >> (FINE - _COARSEST)) + (_FIRST_OCTAVE << _COARSEST)
     return (
         tl.where(inner, _INNER_SHIFT, _OUTER_SHIFT),
-        tl.where(inner, chosen + _FIRST_STEP, 0).to(tl.int64),
+        tl.where(inner, coarse, 0).to(tl.int64),
     )
 
 

@@ -62,7 +62,7 @@ def store_split(
 
 @triton.jit
 def store_nothing(slot, kept, part_lse, ROWS: tl.constexpr):
-    """Mark a part that has no tokens; what it would store of the output is never read."""
+    """Mark a part that has no tokens; what it would store of the output is never used."""
     tl.store(part_lse + slot, tl.full([ROWS], float("-inf"), tl.float32), mask=kept)
 
 
@@ -103,16 +103,17 @@ def _merge_kernel(
         slot = begin[:, None] + split[None, :]
         wanted = known[:, None] & (split[None, :] < count[:, None])
         part = tl.load(part_lse + slot, mask=wanted, other=float("-inf"))
-        there = part > float("-inf")
+        # Loaded before it is known which parts found something, so as not to wait for that.
+        values = tl.load(
+            part_out + slot[:, :, None] * D + channel[None, None, :],
+            mask=wanted[:, :, None] & (channel < D)[None, None, :],
+            other=0.0,
+        )
+        values = tl.where((part > float("-inf"))[:, :, None], values, 0.0)
         new_peak = tl.maximum(peak, tl.max(part, 1))
         safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weight = tl.exp2(part - safe_peak[:, None])
         old = tl.exp2(peak - safe_peak)
-        values = tl.load(
-            part_out + slot[:, :, None] * D + channel[None, None, :],
-            mask=there[:, :, None] & (channel < D)[None, None, :],
-            other=0.0,
-        )
         acc = acc * old[:, None] + tl.sum(values * weight[:, :, None], 1)
         total = total * old + tl.sum(weight, 1)
         peak = new_peak

@@ -50,7 +50,10 @@ def _attend_tile(
     if KEEP_LOGITS:
         place = number.to(tl.int64)[:, None] * logits_width + token[None, :]
         tl.store(
-            logits + place, logit, mask=kept[:, None] & there[None, :], eviction_policy=LOGITS_STAY
+            logits + place,
+            logit,
+            mask=kept[:, None] & there[None, :],
+            eviction_policy=LOGITS_STAY,
         )
     if MASKED:
         seen = there[None, :]

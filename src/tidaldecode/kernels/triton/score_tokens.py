@@ -12,6 +12,7 @@ from tidaldecode.kernels.triton._splitk import LN2, LOG2E
 
 TOKENS = 256
 """Tokens of one program."""
+_WARPS = 4
 HEADS_AT_ONCE = 32
 
 
@@ -22,15 +23,21 @@ def summed_scores(
     ROWS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     TOKENS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Scores ``[TOKENS]`` of one set, over its ``HEADS`` heads; void outside ``start`` to ``end``."""
-    # Bounds that divide by four let four logits be loaded at once; rows have room for them.
-    near = (token >= start // 4 * 4) & (token < tl.cdiv(end, 4) * 4)
+    """Scores ``[TOKENS]`` of one set, over its ``HEADS`` heads; void outside ``start`` to ``end``.
+
+    A thread loads ``VECTOR`` logits of a head at once, a power of two that divides widths.
+    """
+    # Bounds that divide by it let it do so; rows have room for what is beyond.
+    near = (token >= start // VECTOR * VECTOR) & (token < tl.cdiv(end, VECTOR) * VECTOR)
+    # No more than this is known of the width, or threads would take more tokens, and fewer take any.
+    width = logits_width // VECTOR * VECTOR
     score = tl.zeros([TOKENS], tl.float32)
     for low in tl.static_range(0, HEADS, ROWS):
         head = low + tl.arange(0, ROWS)
         query = index.to(tl.int64) * HEADS + head
-        at = logits + query[:, None] * logits_width + token[None, :]
+        at = logits + query[:, None] * width + token[None, :]
         known = (head < HEADS)[:, None]
         wanted = known & near[None, :]
         # Nobody reads them again.
@@ -43,7 +50,12 @@ def summed_scores(
     return score
 
 
-@triton.jit
+def tokens_a_thread(tokens: int, warps: int) -> int:
+    """``VECTOR`` of `summed_scores` with which ``warps`` take ``tokens`` once, each its own."""
+    return max(1, min(8, tokens // (32 * warps)))
+
+
+@triton.jit(do_not_specialize=["logits_width"])
 def _score_kernel(
     logits, lse, seq_lens, starts, scores, sets, width, logits_width, log2e,
     HEADS: tl.constexpr,
@@ -51,6 +63,7 @@ def _score_kernel(
     SOFTMAX: tl.constexpr,
     PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
+    VECTOR: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(ceil(W / TOKENS), B * R)``; scores outside the row's range are -inf."""
@@ -65,8 +78,9 @@ def _score_kernel(
     target = scores + index.to(tl.int64) * width + token
     if (first < end) & (first + TOKENS > start):
         score = summed_scores(
-            logits, lse, index, token, start, end, logits_width, log2e, HEADS, ROWS, SOFTMAX, TOKENS
-        )
+            logits, lse, index, token, start, end, logits_width, log2e,
+            HEADS, ROWS, SOFTMAX, TOKENS, VECTOR,
+        )  # fmt: skip
         tl.store(target, tl.where(there, score, float("-inf")), mask=token < width)
     else:
         tl.store(target, tl.full([TOKENS], float("-inf"), tl.float32), mask=token < width)
@@ -100,7 +114,8 @@ def score_tokens(
         SOFTMAX=softmax,
         PADDED=starts is not None,
         TOKENS=TOKENS,
-        num_warps=4,
+        VECTOR=tokens_a_thread(TOKENS, _WARPS),
+        num_warps=_WARPS,
         **overlap(logits.device),
     )  # fmt: skip
     return scores

@@ -1,8 +1,8 @@
 """select_tokens in Triton: an exact radix selection, several programs to a set, three phases.
 
-1. *count*: histogram of the keys' bins (`_radix`), over all programs of a set; where there are few
-   sets, in several copies, since programs that add to one bin wait for each other. If the scores come
-   from logits, they are made here.
+1. *count*: histogram of the keys' bins (`_radix`), over all programs of a set; finer where there are
+   few sets, since programs that add to one bin wait for each other, and candidates are fewer. If the
+   scores come from logits, they are made here.
 2. *list*: every program finds the bin in which the last selected token lies, counts its own tokens
    above that bin, and lists those in it.
 3. *emit*: every program sorts out the candidates (a few: at once; many: digit by digit) and writes
@@ -20,14 +20,14 @@ import torch
 import triton
 
 from tidaldecode.errors import TidalError
-from tidaldecode.kernels.scratch import CANDIDATES, COPIES, FEW_SETS, Scratch
+from tidaldecode.kernels.scratch import CANDIDATES, Scratch, bin_bits
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton._device import processors
 from tidaldecode.kernels.triton._overlap import overlap
-from tidaldecode.kernels.triton._radix import BINS, OCTAVES, POSITION_BITS
+from tidaldecode.kernels.triton._radix import OCTAVES, POSITION_BITS
 from tidaldecode.kernels.triton._selection import select_kernel
 from tidaldecode.kernels.triton._splitk import LOG2E
-from tidaldecode.kernels.triton.score_tokens import HEADS_AT_ONCE
+from tidaldecode.kernels.triton.score_tokens import HEADS_AT_ONCE, tokens_a_thread
 
 _LISTED = CANDIDATES
 """Candidates of a set that are listed; if there are more, the scores are read again."""
@@ -37,8 +37,6 @@ _TILE = 512
 """Candidates that are read at a time if there are more."""
 _WARPS = 8
 """Of a program that goes through all phases."""
-_COPIES, _FEW_SETS = COPIES, FEW_SETS
-"""Copies of a histogram at most, where there are at most so many sets."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class _Buffers:
     """What the phases hand on, for ``sets`` sets of up to ``width`` tokens."""
 
     histograms: torch.Tensor
-    """``[sets * copies * BINS]``, zero before the first phase and after the last."""
+    """``[sets * OCTAVES << FINE]``, zero before the first phase and after the last."""
     octaves: torch.Tensor
     """``[sets * OCTAVES]``, as well."""
     arrived: torch.Tensor
@@ -64,7 +62,7 @@ class _Buffers:
         cls,
         sets: int,
         programs: int,
-        copies: int,
+        fine: int,
         budget: int,
         scratch: Scratch,
         device: torch.device,
@@ -76,7 +74,7 @@ class _Buffers:
         ints = torch.empty(sum(places), dtype=torch.int32, device=device)
         pieces = zip(torch.split(ints, places), sizes, strict=True)
         listed, above, found, positions, counts = (piece[:size] for piece, size in pieces)
-        bins = sets * copies * BINS.value
+        bins = sets * OCTAVES.value << fine
         octaves = sets * OCTAVES.value
         zeros = scratch.zeros(bins + octaves + sets, device)
         return cls(
@@ -116,9 +114,9 @@ def select_tokens(
             f"scores: expected at most {1 << POSITION_BITS.value:,} tokens, got {width:,}"
         )
     launches = _launches(width, batch * sets, scores.device)
-    copies = _copies(batch * sets, len(launches) == 1)
+    fine = bin_bits(batch * sets)
     buffers = _Buffers.make(
-        batch * sets, launches[-1].programs, copies, budget, scratch, scores.device
+        batch * sets, launches[-1].programs, fine, budget, scratch, scores.device
     )
     selection = Selection(
         buffers.positions.view(batch, sets, budget), buffers.counts.view(batch, sets)
@@ -138,16 +136,16 @@ def select_tokens(
             budget, sink_tokens, recent_tokens, LOG2E,
             FIRST=launch.first,
             LAST=launch.last,
-            FLOOR=launch.floor,
             HEADS=heads,
             ROWS=min(HEADS_AT_ONCE, triton.next_power_of_2(max(heads, 1))),
             SOFTMAX=softmax,
             PADDED=starts is not None,
             CHUNK=launch.chunk,
+            VECTOR=tokens_a_thread(launch.chunk, launch.warps),
             LISTED=_LISTED,
             FEW=_FEW,
             TILE=_TILE,
-            COPIES=copies,
+            FINE=fine,
             num_warps=launch.warps,
             **options,
         )  # fmt: skip
@@ -164,18 +162,15 @@ class _Launch:
     """Of every set."""
     chunk: int
     warps: int
-    floor: bool = True
-    """Whether scores that are certain to be too low are told apart first, and not counted."""
 
 
 def _launches(width: int, sets: int, device: torch.device) -> list[_Launch]:
     """How the phases of ``sets`` sets of up to ``width`` tokens are launched; measured on an H200."""
     if device.type == "cuda" and sets <= _SETS_AT_ONCE:
         most = processors(device) // max(sets, 1)
-        short = _chunks(width, SHORT_CHUNK) <= most
-        chunk = SHORT_CHUNK if short else CHUNK
+        chunk = SHORT_CHUNK if _chunks(width, SHORT_CHUNK) <= most else CHUNK
         programs = min(most, _chunks(width, chunk))
-        return [_Launch(1, 3, programs, chunk, _WARPS, floor=not short)]
+        return [_Launch(1, 3, programs, chunk, _WARPS)]
     warps, tokens = (4, SHORT_STRETCH) if sets <= _FEW_SETS else (2, STRETCH)
     return [
         _Launch(1, 1, _chunks(width, COUNTED), COUNTED, warps),
@@ -184,19 +179,12 @@ def _launches(width: int, sets: int, device: torch.device) -> list[_Launch]:
     ]
 
 
-def _copies(sets: int, at_once: bool) -> int:
-    """Copies of a histogram: more are faster to add to, and slower to read by every program."""
-    if sets > _FEW_SETS:
-        return 1
-    return _COPIES // 2 if at_once else _COPIES
-
-
 def _chunks(width: int, tokens: int) -> int:
     return max(1, -(-width // tokens))
 
 
-_SETS_AT_ONCE = 4
-"""Sets whose programs are few enough to keep the GPU busy only together."""
+_SETS_AT_ONCE, _FEW_SETS = 4, 8
+"""Sets whose phases are one launch, and sets whose programs are few otherwise."""
 SHORT_CHUNK, CHUNK = 512, 1024
 """Tokens that a program takes at a time in one launch for all phases."""
 COUNTED = 256

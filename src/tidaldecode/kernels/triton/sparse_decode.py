@@ -15,10 +15,10 @@ from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_nothing, store_split
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "stretch"])
 def _sparse_kernel(
     q, k, v, positions, counts, whole_lens, block_table, out, lse, part_out, part_lse,
-    scale, table_stride, block_size, capacity, kv_heads, splits,
+    scale, table_stride, block_size, capacity, kv_heads, budget, splits, stretch,
     q_row, q_head, q_channel,
     k_row, k_head, k_token, k_channel,
     v_row, v_head, v_token, v_channel,
@@ -31,22 +31,37 @@ def _sparse_kernel(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
+    SINGLE: tl.constexpr,
     SHARED_SET: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(splits, H, B)``, H = max(R, Hkv): one program, one stretch of one head's selection."""
+    """Grid ``(splits, H, B)``, H = max(R, Hkv): one program, one stretch of one head's selection.
+
+    With ``SINGLE`` no stretch is longer than a tile. Its positions are loaded before their number and
+    the query, so as not to wait for these.
+    """
     wait_for_predecessor(OVERLAP)
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     kv_head = head // (heads // kv_heads)
     chosen_set = 0 if SHARED_SET else head
-    count = tl.load(counts + row * c_row + chosen_set * c_set)
+    chosen = positions + row.to(tl.int64) * p_row + chosen_set * p_set
+    step = tl.arange(0, BLOCK)
     if WHOLE_ROWS:
         whole = tl.load(whole_lens + row)
+        count = tl.load(counts + row * c_row + chosen_set * c_set)
         count = tl.where(whole > 0, whole, count)
-    stretch = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
+        stretch = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
+        budget = tl.where(whole > 0, 0, budget)
     lowest = split * stretch
+    if SINGLE:
+        slot = lowest + step
+        token = tl.load(chosen + slot * p_token, mask=slot < budget, other=-1)
+    if not WHOLE_ROWS:
+        count = tl.load(counts + row * c_row + chosen_set * c_set)
     highest = tl.minimum(lowest + stretch, count)
+    # What several programs share is walked through to its end, which is known before the count is.
+    stop = tl.minimum(lowest + stretch, budget) if SPLIT and not WHOLE_ROWS else highest
     group = tl.arange(0, ROWS)
     number = (row * heads + head) * GROUP + group
     place = number.to(tl.int64) * splits + split
@@ -63,14 +78,13 @@ def _sparse_kernel(
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DP], tl.float32)
-        chosen = positions + row.to(tl.int64) * p_row + chosen_set * p_set
-        for first in range(lowest, highest, BLOCK):
-            slot = first + tl.arange(0, BLOCK)
-            listed = slot < (tl.where(whole > 0, 0, highest) if WHOLE_ROWS else highest)
-            token = tl.load(chosen + slot * p_token, mask=listed, other=-1)
+        for first in range(lowest, stop, BLOCK):
+            if not SINGLE:
+                slot = first + step
+                token = tl.load(chosen + slot * p_token, mask=slot < budget, other=-1)
             if WHOLE_ROWS:
-                token = tl.where((whole > 0) & (slot < highest), slot, token)
-            there = (token >= 0) & (token < capacity)
+                token = tl.where(whole > 0, slot, token)
+            there = (slot < highest) & (token >= 0) & (token < capacity)
             inside = there[:, None] & (channel < D)[None, :]
             at = token_offsets(
                 token, row, kv_head, there, block_table, table_stride, block_size,
@@ -125,6 +139,7 @@ def sparse_decode(
     per_processor = triton.cdiv(batch * heads, processors(q.device))
     block, warps, stages = _tile(padded_dim, q.element_size(), tokens, per_processor)
     splits = min(programs, triton.cdiv(max(budget, 1), block))
+    stretch = triton.cdiv(triton.cdiv(budget, block), splits) * block
     results = SplitOutputs.make(q, Cuts.even(batch, splits), out)
     if batch == 0:
         return results.out, results.lse
@@ -136,7 +151,9 @@ def sparse_decode(
         k.shape[1] if paged else 0,
         layout.capacity(k, block_table),
         kv_heads,
+        budget,
         splits,
+        stretch,
         *q.stride(),
         *cache_strides(k, paged),
         *cache_strides(v, paged),
@@ -150,6 +167,7 @@ def sparse_decode(
         DP=padded_dim,
         BLOCK=block,
         SPLIT=splits > 1,
+        SINGLE=stretch <= block and whole_lens is None,
         SHARED_SET=sets == 1,
         num_warps=warps,
         num_stages=fitting_stages(stages, 2 * block * padded_dim * k.element_size(), k.device),
