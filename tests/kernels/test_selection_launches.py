@@ -1,6 +1,7 @@
 """A selection's phases: in one launch or in three, they choose the same tokens."""
 
 import importlib
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,9 +13,9 @@ from tidaldecode.kernels.scratch import Scratch
 
 pytest.importorskip("triton")
 
-SELECT, DENSE = (
+SELECT, LOGITS = (
     importlib.import_module(f"tidaldecode.kernels.triton.{name}")
-    for name in ("select_tokens", "dense_decode")
+    for name in ("select_tokens", "_logits")
 )
 CUDA = torch.device("cuda")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,10 +130,10 @@ def test_one_launch_can_be_captured_and_replayed():
 
 @pytest.mark.parametrize(
     "rows, heads, width, stays",
-    [(1, 32, 102_400, True), (16, 32, 32_768, True), (16, 32, 40_000, False), (17, 8, 64, False)],
+    [(1, 32, 102_400, True), (16, 32, 65_536, True), (16, 32, 80_000, False), (17, 8, 64, False)],
 )
 def test_logits_stay_in_the_cache_where_they_fit(rows, heads, width, stays, monkeypatch):
-    monkeypatch.setattr(DENSE, "cache_bytes", lambda _: 60 << 20)
+    monkeypatch.setattr(LOGITS, "cache_bytes", lambda _: 60 << 20)
 
     class OnGpu:
         device = CUDA
@@ -141,10 +142,12 @@ def test_logits_stay_in_the_cache_where_they_fit(rows, heads, width, stays, monk
             return rows
 
         def untyped_storage(self):
-            return torch.empty(rows, heads, width, device="meta").untyped_storage()
+            half = torch.empty(rows, heads, width, dtype=torch.float16, device="meta")
+            return half.untyped_storage()
 
-    assert (DENSE._stay(OnGpu()) == "evict_last") == stays
-    assert DENSE._stay(None) == DENSE._stay(torch.empty(1, 1, 1)) == ""
+    kept = LOGITS.KeptLogits.make(torch.empty(1, heads, 64), 16, 16)
+    assert kept.eviction == ""
+    assert (replace(kept, distances=OnGpu()).eviction == "evict_last") == stays
 
 
 @pytest.mark.parametrize("sets", [1, 6, 9])

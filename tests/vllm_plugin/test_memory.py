@@ -12,7 +12,13 @@ from tidaldecode.integrations.vllm.memory import MIB, WorkMemory
 from tidaldecode.kernels import dense_select
 from tidaldecode.kernels.scratch import Scratch, histogram_elements, select_bytes
 
-LLAMA = {"query_heads": 32, "sets": 1, "width": 131072, "budget": 1024}
+LLAMA = {
+    "query_heads": 32,
+    "sets": 1,
+    "width": 131072,
+    "budget": 1024,
+    "dtype": torch.bfloat16,
+}
 
 
 def plan(**changes) -> WorkMemory:
@@ -68,18 +74,20 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["shared", "kv_head", "query_head"])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_the_kernels_allocate_no_more_than_is_planned(kind, rows):
+@pytest.mark.parametrize(
+    "rows, dtype", [(1, torch.float32), (5, torch.float32), (5, torch.float16)]
+)
+def test_the_kernels_allocate_no_more_than_is_planned(kind, rows, dtype):
     pytest.importorskip("triton")
     heads, kv_heads, head_dim, block, width, budget = 4, 2, 16, 16, 2048, 24
     sets = {"shared": 1, "kv_head": kv_heads, "query_head": heads}[kind]
-    cache = torch.randn(2, rows * width // block, block, kv_heads, head_dim)
+    cache = torch.randn(2, rows * width // block, block, kv_heads, head_dim, dtype=dtype)
     table = torch.arange(rows * width // block, dtype=torch.int32).view(rows, -1)
     scratch = Scratch(histogram_elements(rows * sets))
     kept = scratch.zeros(1, torch.device("cpu"))
     with Allocations() as allocated:
         dense_select(
-            torch.randn(rows, heads, head_dim),
+            torch.randn(rows, heads, head_dim, dtype=dtype),
             *cache,
             torch.full((rows,), 300, dtype=torch.int32),
             scale=0.3,
@@ -90,6 +98,6 @@ def test_the_kernels_allocate_no_more_than_is_planned(kind, rows):
             scratch=scratch,
         )
     assert scratch.zeros(1, torch.device("cpu")) is kept
-    planned = rows * select_bytes(heads, sets, width, budget)
+    planned = rows * select_bytes(heads, sets, width, budget, dtype)
     split = 2 * 64 * heads * (head_dim + 1) * 4
     assert 0.9 * planned <= allocated.count <= planned + split

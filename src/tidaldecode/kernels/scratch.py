@@ -39,7 +39,9 @@ def bin_bits(sets: int) -> int:
 
 def histogram_elements(sets: int) -> int:
     """Zeroed elements that a selection for up to ``sets`` sets in all asks for."""
-    return OCTAVES * (max(_MOST_BINS, sets << bin_bits(sets)) + sets) + sets
+    # Fewer sets have finer bins, and may have more of them in all.
+    bins = max(min(sets << bin_bits(1), _MOST_BINS), sets << bin_bits(sets))
+    return OCTAVES * (bins + sets) + sets
 
 
 def padded_width(width: int) -> int:
@@ -47,12 +49,19 @@ def padded_width(width: int) -> int:
     return width + -width % 16
 
 
-def select_bytes(query_heads: int, sets: int, width: int, budget: int) -> int:
+def logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits of queries of ``dtype`` are kept in."""
+    return torch.float32 if dtype.itemsize == 4 else torch.float16
+
+
+def select_bytes(query_heads: int, sets: int, width: int, budget: int, dtype: torch.dtype) -> int:
     """Memory of `dense_select` for one row of up to ``width`` tokens, its result included.
 
-    Logits of every query head and scores of every set, fp32, are most of it. What the parts of its
+    Kept logits of every query head and scores of every set, fp32, are most of it. What the parts of its
     attention need beside them (an output of every head for each, some MiB a batch) is not in it.
     """
-    scores = 4 * padded_width(width) * (query_heads + sets)
+    # A peak of each head comes with every tile of 64 tokens or more.
+    a_head = logits_dtype(dtype).itemsize * padded_width(width) + 4 * (width // 64 + 1)
+    scores = query_heads * a_head + sets * 4 * padded_width(width)
     chosen = sets * (8 * CANDIDATES + 4 * (budget + width // 512 + 16))
     return scores + chosen

@@ -87,6 +87,7 @@ def work_memory(vllm_config: Any, config: TidalConfig | None = None) -> WorkMemo
         sets=_sets(config, vllm_config),
         width=-(-vllm_config.model_config.max_model_len // unit) * unit,
         budget=config.budget,
+        dtype=vllm_config.model_config.dtype,
         max_rows=_max_rows(vllm_config),
         limit_mib=read_options(vllm_config.additional_config).scratch_mib,
         graphs=vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),

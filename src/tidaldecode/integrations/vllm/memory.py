@@ -34,17 +34,18 @@ class WorkMemory:
         sets: int,
         width: int,
         budget: int,
+        dtype: torch.dtype,
         max_rows: int,
         limit_mib: int,
         graphs: bool,
     ) -> WorkMemory:
-        """Rows of up to ``width`` tokens, heads and sets of one rank.
+        """Rows of up to ``width`` tokens, heads and sets of one rank, queries of ``dtype``.
 
         With ``graphs`` it is claimed twice: CUDA graphs have a pool of their own.
 
         Errors: `TidalError` when one row needs more than ``limit_mib``.
         """
-        per_row = select_bytes(query_heads, sets, width, budget)
+        per_row = select_bytes(query_heads, sets, width, budget, dtype)
         at_once = min(max_rows, limit_mib * MIB // per_row)
         if at_once == 0:
             raise TidalError(

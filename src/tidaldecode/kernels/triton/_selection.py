@@ -10,6 +10,7 @@ import triton.language as tl
 
 from tidaldecode.kernels.triton._barrier import leave, wait_for_all
 from tidaldecode.kernels.triton._candidates import lowest_of_few, lowest_of_many, read_keys
+from tidaldecode.kernels.triton._logits import summed_scores
 from tidaldecode.kernels.triton._overlap import wait_for_predecessor
 from tidaldecode.kernels.triton._radix import (
     OCTAVES,
@@ -17,7 +18,6 @@ from tidaldecode.kernels.triton._radix import (
     token_key,
     token_rank,
 )
-from tidaldecode.kernels.triton.score_tokens import summed_scores
 
 CLEARED: tl.constexpr = tl.constexpr(2048)
 """Bins that a program clears at a time; every histogram has so many or a multiple."""
@@ -25,10 +25,10 @@ CLEARED: tl.constexpr = tl.constexpr(2048)
 
 @triton.jit
 def count_stretch(
-    source, stride, logits, lse, histogram, octaves, index, first, last, start, end, sinks, recents,
-    wanted, logits_width, log2e,
+    source, stride, distances, peaks, lse, histogram, octaves, index, first, last, start, end,
+    sinks, recents, wanted, sets, logits_width, tiles, log2e,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr,
-    FINE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
+    FINE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Count the tokens' keys by bin and by octave; with ``HEADS`` make their scores first.
 
@@ -38,11 +38,11 @@ def count_stretch(
     """
     for at in range(first, last, CHUNK):
         token = at + tl.arange(0, CHUNK)
-        there = (token >= start) & (token < end)
+        there = token < end
         if HEADS > 0:
             score = summed_scores(
-                logits, lse, index, token, start, end, logits_width, log2e,
-                HEADS, ROWS, SOFTMAX, CHUNK, VECTOR,
+                distances, peaks, lse, index, at - start, end - start, sets, logits_width, tiles, log2e,
+                HEADS, ROWS, SOFTMAX, CHUNK, VECTOR, TILE,
             )  # fmt: skip
             tl.store(source + token.to(tl.int64) * stride, score, mask=there)
             key = token_key(score, token, start, end, sinks, recents)
@@ -90,7 +90,7 @@ def list_stretch(
     above = 0
     for at in range(first, last, CHUNK):
         token = at + tl.arange(0, CHUNK)
-        there = (token >= start) & (token < end)
+        there = token < end
         key = read_keys(source, stride, token, there, start, end, sinks, recents)
         bins = key_bin(key, FINE)
         candidate = (there & (bins == last_bin)).to(tl.int32)
@@ -131,7 +131,7 @@ def emit_stretch(
     before += earlier
     for at in range(first, last, CHUNK):
         token = at + tl.arange(0, CHUNK)
-        there = (token >= start) & (token < end)
+        there = token < end
         key = read_keys(source, stride, token, there, start, end, sinks, recents)
         bins = key_bin(key, FINE)
         reached = (bins == last_bin) & (token_rank(key, token) >= lowest)
@@ -144,9 +144,9 @@ def emit_stretch(
 
 @triton.jit(do_not_specialize=["logits_width"])
 def select_kernel(
-    scores, logits, lse, seq_lens, starts, histograms, octaves, arrived, listed, candidates,
+    scores, distances, peaks, lse, seq_lens, starts, histograms, octaves, arrived, listed, candidates,
     above, found, positions, counts,
-    sets, logits_width, score_row, score_set, score_token, budget, sinks, recents, log2e,
+    sets, logits_width, tiles, score_row, score_set, score_token, budget, sinks, recents, log2e,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     HEADS: tl.constexpr,
@@ -159,11 +159,12 @@ def select_kernel(
     FEW: tl.constexpr,
     TILE: tl.constexpr,
     FINE: tl.constexpr,
+    LOGIT_TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(programs, B * R)``; the phases from ``FIRST`` to ``LAST``.
 
-    ``HEADS``: query heads of a set, whose ``logits`` are scored; 0: ``scores`` are there.
+    ``HEADS``: query heads of a set, whose kept logits are scored; 0: ``scores`` are there.
     ``found [B * R, 2]``: the last bin, and how many to take of it.
     """
     wait_for_predecessor(OVERLAP)
@@ -172,9 +173,8 @@ def select_kernel(
     row = index // sets
     end = tl.load(seq_lens + row)
     start = tl.load(starts + row) if PADDED else 0
-    begin = start // CHUNK * CHUNK
-    stretch = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), CHUNK), programs) * CHUNK
-    first = begin + program * stretch
+    stretch = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), CHUNK), programs) * CHUNK
+    first = start + program * stretch
     last = tl.where(end > start, tl.minimum(first + stretch, end), first)
     working = (program == 0) | (first < last)
     source = scores + row.to(tl.int64) * score_row + (index % sets).to(tl.int64) * score_set
@@ -188,9 +188,9 @@ def select_kernel(
         if program == 0:
             tl.store(listed + index, 0)
         count_stretch(
-            source, score_token, logits, lse, histogram, octave, index,
-            first, last, start, end, sinks, recents, wanted, logits_width, log2e,
-            HEADS, ROWS, SOFTMAX, FINE, CHUNK, VECTOR,
+            source, score_token, distances, peaks, lse, histogram, octave, index,
+            first, last, start, end, sinks, recents, wanted, sets, logits_width, tiles, log2e,
+            HEADS, ROWS, SOFTMAX, FINE, CHUNK, VECTOR, LOGIT_TILE,
         )  # fmt: skip
     if FIRST == 1 and LAST > 1:
         wait_for_all(arrived + index, programs)

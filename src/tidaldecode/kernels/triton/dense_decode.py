@@ -13,20 +13,22 @@ from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import ScoreKind
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
 from tidaldecode.kernels.triton._cuts import Cuts, find_part
-from tidaldecode.kernels.triton._device import cache_bytes, fitting_stages
+from tidaldecode.kernels.triton._device import fitting_stages
+from tidaldecode.kernels.triton._logits import KeptLogits, keep_logits
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_nothing, store_split
-from tidaldecode.kernels.triton.score_tokens import empty_rows, score_tokens
+from tidaldecode.kernels.triton.score_tokens import score_tokens
 
 
 @triton.jit
 def _attend_tile(
-    query, peak, total, acc, first, highest, limit, number, kept, row, head,
-    k, v, block_table, logits, scale, table_stride, block_size, logits_width,
+    query, peak, total, acc, first, start, highest, limit, number, of_row, kept,
+    row, head, k, v, block_table, distances, peaks, scale, table_stride, block_size,
+    heads, logits_width, tiles,
     k_row, k_head, k_token, k_channel, v_row, v_head, v_token, v_channel,
     PAGED: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
-    LOGITS_STAY: tl.constexpr,
+    EVICTION: tl.constexpr,
     QUERIES: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -47,14 +49,6 @@ def _attend_tile(
     )  # fmt: skip
     key = tl.load(k + at[:, None] + channel[None, :] * k_channel, mask=inside, other=0.0)
     logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-    if KEEP_LOGITS:
-        place = number.to(tl.int64)[:, None] * logits_width + token[None, :]
-        tl.store(
-            logits + place,
-            logit,
-            mask=kept[:, None] & there[None, :],
-            eviction_policy=LOGITS_STAY,
-        )
     if MASKED:
         seen = there[None, :]
         if QUERIES > 1:
@@ -65,6 +59,11 @@ def _attend_tile(
     if MASKED and QUERIES > 1:
         # A query may see nothing of a tile: -inf - -inf would be NaN.
         safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    if KEEP_LOGITS:
+        keep_logits(
+            distances, peaks, logit, new_peak, number, of_row, kept, there, first - start, row,
+            heads, logits_width, tiles, EVICTION, BLOCK,
+        )  # fmt: skip
     weight = tl.exp2(logit - safe_peak[:, None])
     old = tl.exp2(peak - safe_peak)
     total = total * old + tl.sum(weight, 1)
@@ -80,15 +79,15 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=["batch", "most", "share", "spare"])
 def _dense_kernel(
-    q, k, v, seq_lens, starts, block_table, out, lse, logits, part_out, part_lse, row_cuts,
-    scale, table_stride, block_size, logits_width, batch, most, share, spare,
+    q, k, v, seq_lens, starts, block_table, out, lse, distances, peaks, part_out, part_lse, row_cuts,
+    scale, table_stride, block_size, logits_width, tiles, batch, most, share, spare,
     q_row, q_query, q_head, q_channel,
     k_row, k_head, k_token, k_channel,
     v_row, v_head, v_token, v_channel,
     PADDED: tl.constexpr,
     PAGED: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
-    LOGITS_STAY: tl.constexpr,
+    EVICTION: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -161,17 +160,19 @@ def _dense_kernel(
             masked += tl.maximum(seen_by_all - lowest, 0) // BLOCK * BLOCK
             for first in range(lowest, masked, BLOCK):
                 peak, total, acc = _attend_tile(
-                    query, peak, total, acc, first, highest, limit, number, kept, row, head,
-                    k, v, block_table, logits, scale, table_stride, block_size, logits_width,
+                    query, peak, total, acc, first, start, highest, limit, number, of_row, kept,
+                    row, head, k, v, block_table, distances, peaks, scale, table_stride, block_size,
+                    kv_heads * GROUP, logits_width, tiles,
                     k_row, k_head, k_token, k_channel, v_row, v_head, v_token, v_channel,
-                    PAGED, KEEP_LOGITS, LOGITS_STAY, QUERIES, D, DP, BLOCK, False,
+                    PAGED, KEEP_LOGITS, EVICTION, QUERIES, D, DP, BLOCK, False,
                 )  # fmt: skip
         for first in range(masked, highest, BLOCK):
             peak, total, acc = _attend_tile(
-                query, peak, total, acc, first, highest, limit, number, kept, row, head,
-                k, v, block_table, logits, scale, table_stride, block_size, logits_width,
+                query, peak, total, acc, first, start, highest, limit, number, of_row, kept,
+                row, head, k, v, block_table, distances, peaks, scale, table_stride, block_size,
+                kv_heads * GROUP, logits_width, tiles,
                 k_row, k_head, k_token, k_channel, v_row, v_head, v_token, v_channel,
-                PAGED, KEEP_LOGITS, LOGITS_STAY, QUERIES, D, DP, BLOCK, True,
+                PAGED, KEEP_LOGITS, EVICTION, QUERIES, D, DP, BLOCK, True,
             )  # fmt: skip
         store_split(
             acc, peak, total, slot, number, kept, part_out, part_lse, out, lse, parts == 1,
@@ -213,11 +214,10 @@ def attend(
     starts: torch.Tensor | None,
     block_table: torch.Tensor | None,
     keep_logits: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``out [B, Hq, D]``, ``lse [B, Hq]`` and, if kept, logits ``[B, Hq, W]`` in units of log 2.
+) -> tuple[torch.Tensor, torch.Tensor, KeptLogits | None]:
+    """``out [B, Hq, D]``, ``lse [B, Hq]`` and, if kept, logits.
 
-    Logits outside a row's range are void, and rows of them lie apart. With ``q [B, T, Hq, D]``,
-    ``out [B, T, Hq, D]`` and ``lse [B, T, Hq]``; no logits are kept then.
+    With ``q [B, T, Hq, D]``, ``out [B, T, Hq, D]`` and ``lse [B, T, Hq]``; no logits are kept then.
     """
     batch, query_heads, head_dim = len(q), q.shape[-2], q.shape[-1]
     queries = 1 if q.dim() == 3 else q.shape[1]
@@ -235,16 +235,19 @@ def attend(
     results = SplitOutputs.make(q, cuts)
     # Programs that wait beside a predecessor's would be spread unevenly over the multiprocessors.
     launch = overlap(q.device) if programs == 1 else {"OVERLAP": False}
-    logits = empty_rows(batch, query_heads, capacity, q.device) if keep_logits else None
+    logits = KeptLogits.make(q, capacity, block) if keep_logits else None
     if batch == 0:
         return results.out, results.lse, logits
     _dense_kernel[(kv_heads * tiles, cuts.items)](
-        q, k, v, seq_lens, starts, block_table, results.out, results.lse, logits,
+        q, k, v, seq_lens, starts, block_table, results.out, results.lse,
+        None if logits is None else logits.distances,
+        None if logits is None else logits.peaks,
         results.part_out, results.part_lse, results.row_cuts,
         scale * LOG2E,
         0 if block_table is None else block_table.stride(0),
         k.shape[1] if paged else 0,
-        0 if logits is None else logits.stride(1),
+        0 if logits is None else logits.distances.stride(1),
+        0 if logits is None else logits.peaks.shape[1],
         batch,
         cuts.most,
         cuts.share or 0,
@@ -255,7 +258,7 @@ def attend(
         PADDED=starts is not None,
         PAGED=paged,
         KEEP_LOGITS=keep_logits,
-        LOGITS_STAY=_stay(logits),
+        EVICTION="" if logits is None else logits.eviction,
         QUERIES=queries,
         GROUP=group,
         ROWS=rows,
@@ -271,21 +274,6 @@ def attend(
     )  # fmt: skip
     results.merge()
     return results.out, results.lse, logits
-
-
-def _stay(logits: torch.Tensor | None) -> str:
-    """How logits are stored: to leave the GPU's cache last, where it has room for about all of them.
-
-    They are read right after the attention, whose K and V would drive them out.
-    """
-    if logits is None or logits.device.type != "cuda" or len(logits) > _STAYING_ROWS:
-        return ""
-    size = logits.untyped_storage().nbytes()
-    return "evict_last" if size <= cache_bytes(logits.device) * 9 // 8 else ""
-
-
-_STAYING_ROWS = 16
-"""Rows from which on it does not depend on their size what is compiled."""
 
 
 def _tile_rows(queries: int, group: int, padded_dim: int, element_size: int) -> int:

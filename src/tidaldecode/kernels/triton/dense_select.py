@@ -7,7 +7,7 @@ import torch
 from tidaldecode.kernels.scratch import Scratch
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton.dense_decode import attend
-from tidaldecode.kernels.triton.score_tokens import empty_rows
+from tidaldecode.kernels.triton.score_tokens import empty_scores
 from tidaldecode.kernels.triton.select_tokens import select_tokens
 
 
@@ -33,7 +33,7 @@ def dense_select(
     )
     assert logits is not None
     selection = select_tokens(
-        empty_rows(len(q), sets, logits.shape[2], q.device),
+        empty_scores(len(q), sets, logits.distances.shape[2], q.device),
         seq_lens,
         logits=logits,
         lse=lse,

@@ -23,11 +23,12 @@ from tidaldecode.errors import TidalError
 from tidaldecode.kernels.scratch import CANDIDATES, Scratch, bin_bits
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton._device import processors
+from tidaldecode.kernels.triton._logits import KeptLogits, tokens_a_thread
 from tidaldecode.kernels.triton._overlap import overlap
 from tidaldecode.kernels.triton._radix import OCTAVES, POSITION_BITS
 from tidaldecode.kernels.triton._selection import select_kernel
 from tidaldecode.kernels.triton._splitk import LOG2E
-from tidaldecode.kernels.triton.score_tokens import HEADS_AT_ONCE, tokens_a_thread
+from tidaldecode.kernels.triton.score_tokens import HEADS_AT_ONCE
 
 _LISTED = CANDIDATES
 """Candidates of a set that are listed; if there are more, the scores are read again."""
@@ -99,14 +100,14 @@ def select_tokens(
     recent_tokens: int,
     starts: torch.Tensor | None,
     scratch: Scratch,
-    logits: torch.Tensor | None = None,
+    logits: KeptLogits | None = None,
     lse: torch.Tensor | None = None,
     softmax: bool = True,
 ) -> Selection:
     """Twin of `tidaldecode.kernels.select_tokens`.
 
-    With ``logits [B, Hq, W]`` and ``lse [B, Hq]`` of `attend`, ``scores`` are written first, as
-    `score_tokens` makes them, and counted on the way.
+    With ``logits`` and ``lse [B, Hq]`` of `attend`, ``scores`` are written first, as `score_tokens`
+    makes them, and counted on the way.
     """
     batch, sets, width = scores.shape
     if width > 1 << POSITION_BITS.value:
@@ -123,16 +124,22 @@ def select_tokens(
     )
     if batch == 0:
         return selection
-    heads = 0 if logits is None else logits.shape[1] // sets
+    heads = 0 if logits is None else logits.distances.shape[1] // sets
     for launch in launches:
         options = overlap(scores.device)
         if launch.first < launch.last:
             options = {**options, "launch_cooperative_grid": True}
         select_kernel[(launch.programs, batch * sets)](
-            scores, logits, lse, seq_lens, starts,
+            scores,
+            None if logits is None else logits.distances,
+            None if logits is None else logits.peaks,
+            lse, seq_lens, starts,
             buffers.histograms, buffers.octaves, buffers.arrived, buffers.listed,
             buffers.candidates, buffers.above, buffers.found, buffers.positions, buffers.counts,
-            sets, 0 if logits is None else logits.stride(1), *scores.stride(),
+            sets,
+            0 if logits is None else logits.distances.stride(1),
+            0 if logits is None else logits.peaks.shape[1],
+            *scores.stride(),
             budget, sink_tokens, recent_tokens, LOG2E,
             FIRST=launch.first,
             LAST=launch.last,
@@ -146,6 +153,7 @@ def select_tokens(
             FEW=_FEW,
             TILE=_TILE,
             FINE=fine,
+            LOGIT_TILE=0 if logits is None else logits.tile,
             num_warps=launch.warps,
             **options,
         )  # fmt: skip
