@@ -9,7 +9,7 @@ import torch
 from reference_selection import assert_selection_is_exact, int32
 
 from tidaldecode.kernels import dense_select, select_tokens
-from tidaldecode.kernels.scratch import Scratch
+from tidaldecode.kernels.scratch import Scratch, bin_bits, histogram_elements
 
 pytest.importorskip("triton")
 
@@ -148,6 +148,25 @@ def test_logits_stay_in_the_cache_where_they_fit(rows, heads, width, stays, monk
     kept = LOGITS.KeptLogits.make(torch.empty(1, heads, 64), 16, 16)
     assert kept.eviction == ""
     assert (replace(kept, distances=OnGpu()).eviction == "evict_last") == stays
+
+
+@pytest.mark.parametrize("most", [1, 3, 16, 17, 100, 2000])
+def test_a_scratch_that_is_planned_has_room_for_all_that_is_asked_of_it(most):
+    planned = histogram_elements(most)
+    for sets in range(1, most + 1):
+        scratch = Asked()
+        SELECT._Buffers.make(sets, 1, bin_bits(sets), 1, scratch, torch.device("meta"))
+        assert scratch.count <= planned
+
+
+class Asked:
+    """What a scratch is asked for."""
+
+    count = 0
+
+    def zeros(self, count: int, device: torch.device) -> torch.Tensor:
+        self.count = count
+        return torch.empty(count, dtype=torch.int32, device=device)
 
 
 @pytest.mark.parametrize("sets", [1, 6, 9])

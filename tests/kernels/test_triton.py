@@ -270,6 +270,18 @@ def test_huge_logits_do_not_overflow(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("kind", SCORE_KINDS)
+def test_an_offset_that_all_logits_share_costs_no_precision(kind, dtype):
+    case = make_case(2, 2, 2, 64, 300, dtype=dtype, ends=[300, 211], starts=[0, 9])
+    # Models with biases of keys: Qwen 2.
+    case.q[..., :4] += 20
+    case.k[..., :4] += 20
+    for tokens in (16, None):
+        with small_tiles(tokens):
+            check_dense(case, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_the_error_is_no_more_than_twice_that_of_plain_attention_in_the_same_dtype(dtype):
     case = make_case(4, 2, 4, 64, 300, dtype=dtype, ends=[300, 257, 64, 7], starts=[0, 5, 0, 3])
     out, _, _ = run_dense(case)
@@ -311,6 +323,18 @@ def test_scores_of_any_range_are_sorted_out(low, high, few, listed, monkeypatch)
                     "recent_tokens": min(15, budget - 1) // 2,
                 }
             )
+
+
+@pytest.mark.parametrize("bits", [6, 7, 10])
+def test_bins_of_any_size_find_the_same_tokens(bits, monkeypatch):
+    monkeypatch.setattr(SELECT, "bin_bits", lambda _: bits)
+    monkeypatch.setattr(SELECT, "_FEW", 4)
+    scores = torch.rand(1, 1, 400) ** 9
+    scores[..., ::5] = scores[..., :1]
+    for budget in (1, 40, 300):
+        call = {"scores": scores, "seq_lens": int32([390]), "starts": int32([7]), "budget": budget}
+        with small_tiles():
+            check_select({"sink_tokens": 0, "recent_tokens": 0, **call})
 
 
 def test_strided_scores_are_read_where_they_are():
