@@ -1,7 +1,5 @@
 """Attention as the formula says it, in any precision, and the rule by which a kernel equals it."""
 
-import math
-
 import torch
 from kernel_cases import Case
 
@@ -73,16 +71,16 @@ def assert_scores_are_exact(
 ) -> None:
     """Hold token scores of one kind against fp64; outside a row's range they must be -inf.
 
-    ``half_distances``: a logit may have passed through fp16, as its distance below some peak.
+    ``half_distances``: a logit may have passed through fp16, as its distance from another of its head.
     """
     _, kv_heads, tokens, _ = case.k.shape
     _, lse, logits = attention(case.q, case.k, case.v, case.keep, case.scale)
     rounding = 2 * logit_rounding(case.q, case.k, case.scale)
     lost = torch.zeros_like(logits)
     if half_distances:
-        below = torch.where(case.keep, logits.amax(-1, keepdim=True) - logits, 0)
-        # Half a unit in the last place; beyond what fp16 holds, all of it.
-        lost = torch.where(below < 65504 * math.log(2), below * 2**-11, below)
+        spread = logits.amax(-1) - torch.where(case.keep, logits, torch.inf).amin(-1)
+        # Half a unit in the last place.
+        lost = torch.where(case.keep, 2**-11 * spread[..., None], 0)
     if kind == "query_head_logits":
         expected, allowed = logits, rounding + lost
     else:

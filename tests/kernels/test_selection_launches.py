@@ -145,7 +145,7 @@ def test_logits_stay_in_the_cache_where_they_fit(rows, heads, width, stays, monk
             half = torch.empty(rows, heads, width, dtype=torch.float16, device="meta")
             return half.untyped_storage()
 
-    kept = LOGITS.KeptLogits.make(torch.empty(1, heads, 64), 16, 16)
+    kept = LOGITS.KeptLogits.make(torch.empty(1, heads, 64), 16)
     assert kept.eviction == ""
     assert (replace(kept, distances=OnGpu()).eviction == "evict_last") == stays
 

@@ -60,8 +60,6 @@ def select_bytes(query_heads: int, sets: int, width: int, budget: int, dtype: to
     Kept logits of every query head and scores of every set, fp32, are most of it. What the parts of its
     attention need beside them (an output of every head for each, some MiB a batch) is not in it.
     """
-    # A peak of each head comes with every tile of 64 tokens or more.
-    a_head = logits_dtype(dtype).itemsize * padded_width(width) + 4 * (width // 64 + 1)
-    scores = query_heads * a_head + sets * 4 * padded_width(width)
+    scores = padded_width(width) * (logits_dtype(dtype).itemsize * query_heads + 4 * sets)
     chosen = sets * (8 * CANDIDATES + 4 * (budget + width // 512 + 16))
     return scores + chosen

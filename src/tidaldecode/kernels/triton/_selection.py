@@ -25,10 +25,10 @@ CLEARED: tl.constexpr = tl.constexpr(2048)
 
 @triton.jit
 def count_stretch(
-    source, stride, distances, peaks, lse, histogram, octaves, index, first, last, start, end,
-    sinks, recents, wanted, sets, logits_width, tiles, log2e,
+    source, stride, distances, origins, lse, histogram, octaves, index, first, last, start, end,
+    sinks, recents, wanted, logits_width, log2e,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr,
-    FINE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
+    FINE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Count the tokens' keys by bin and by octave; with ``HEADS`` make their scores first.
 
@@ -41,8 +41,8 @@ def count_stretch(
         there = token < end
         if HEADS > 0:
             score = summed_scores(
-                distances, peaks, lse, index, at - start, end - start, sets, logits_width, tiles, log2e,
-                HEADS, ROWS, SOFTMAX, CHUNK, VECTOR, TILE,
+                distances, origins, lse, index, at - start, end - start, logits_width, log2e,
+                HEADS, ROWS, SOFTMAX, CHUNK, VECTOR,
             )  # fmt: skip
             tl.store(source + token.to(tl.int64) * stride, score, mask=there)
             key = token_key(score, token, start, end, sinks, recents)
@@ -144,9 +144,9 @@ def emit_stretch(
 
 @triton.jit(do_not_specialize=["logits_width"])
 def select_kernel(
-    scores, distances, peaks, lse, seq_lens, starts, histograms, octaves, arrived, listed, candidates,
-    above, found, positions, counts,
-    sets, logits_width, tiles, score_row, score_set, score_token, budget, sinks, recents, log2e,
+    scores, distances, origins, lse, seq_lens, starts,
+    histograms, octaves, arrived, listed, candidates, above, found, positions, counts,
+    sets, logits_width, score_row, score_set, score_token, budget, sinks, recents, log2e,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     HEADS: tl.constexpr,
@@ -159,7 +159,6 @@ def select_kernel(
     FEW: tl.constexpr,
     TILE: tl.constexpr,
     FINE: tl.constexpr,
-    LOGIT_TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(programs, B * R)``; the phases from ``FIRST`` to ``LAST``.
@@ -188,9 +187,9 @@ def select_kernel(
         if program == 0:
             tl.store(listed + index, 0)
         count_stretch(
-            source, score_token, distances, peaks, lse, histogram, octave, index,
-            first, last, start, end, sinks, recents, wanted, sets, logits_width, tiles, log2e,
-            HEADS, ROWS, SOFTMAX, FINE, CHUNK, VECTOR, LOGIT_TILE,
+            source, score_token, distances, origins, lse, histogram, octave, index,
+            first, last, start, end, sinks, recents, wanted, logits_width, log2e,
+            HEADS, ROWS, SOFTMAX, FINE, CHUNK, VECTOR,
         )  # fmt: skip
     if FIRST == 1 and LAST > 1:
         wait_for_all(arrived + index, programs)

@@ -22,9 +22,9 @@ from tidaldecode.kernels.triton.score_tokens import score_tokens
 
 @triton.jit
 def _attend_tile(
-    query, peak, total, acc, first, start, highest, limit, number, of_row, kept,
-    row, head, k, v, block_table, distances, peaks, scale, table_stride, block_size,
-    heads, logits_width, tiles,
+    query, peak, total, acc, origin, first, start, highest, limit, number, kept,
+    row, head, k, v, block_table, distances, scale, table_stride, block_size,
+    logits_width,
     k_row, k_head, k_token, k_channel, v_row, v_head, v_token, v_channel,
     PAGED: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
@@ -49,6 +49,10 @@ def _attend_tile(
     )  # fmt: skip
     key = tl.load(k + at[:, None] + channel[None, :] * k_channel, mask=inside, other=0.0)
     logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    if KEEP_LOGITS:
+        keep_logits(
+            distances, logit, origin, number, kept, there, first - start, logits_width, EVICTION, BLOCK
+        )  # fmt: skip
     if MASKED:
         seen = there[None, :]
         if QUERIES > 1:
@@ -59,11 +63,6 @@ def _attend_tile(
     if MASKED and QUERIES > 1:
         # A query may see nothing of a tile: -inf - -inf would be NaN.
         safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    if KEEP_LOGITS:
-        keep_logits(
-            distances, peaks, logit, new_peak, number, of_row, kept, there, first - start, row,
-            heads, logits_width, tiles, EVICTION, BLOCK,
-        )  # fmt: skip
     weight = tl.exp2(logit - safe_peak[:, None])
     old = tl.exp2(peak - safe_peak)
     total = total * old + tl.sum(weight, 1)
@@ -79,8 +78,8 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=["batch", "most", "share", "spare"])
 def _dense_kernel(
-    q, k, v, seq_lens, starts, block_table, out, lse, distances, peaks, part_out, part_lse, row_cuts,
-    scale, table_stride, block_size, logits_width, tiles, batch, most, share, spare,
+    q, k, v, seq_lens, starts, block_table, out, lse, distances, origins, part_out, part_lse, row_cuts,
+    scale, table_stride, block_size, logits_width, batch, most, share, spare,
     q_row, q_query, q_head, q_channel,
     k_row, k_head, k_token, k_channel,
     v_row, v_head, v_token, v_channel,
@@ -150,6 +149,19 @@ def _dense_kernel(
             mask=kept[:, None] & (channel < D)[None, :],
             other=0.0,
         )
+        origin = tl.zeros([ROWS], tl.float32)
+        if KEEP_LOGITS:
+            token = start + tl.arange(0, 1)
+            there = token < end
+            at = token_offsets(
+                token, row, head, there, block_table, table_stride, block_size,
+                k_row, k_head, k_token, PAGED,
+            )  # fmt: skip
+            inside = there[:, None] & (channel < D)[None, :]
+            key = tl.load(k + at[:, None] + channel[None, :] * k_channel, mask=inside, other=0.0)
+            origin = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+            if part == 0:
+                tl.store(origins + number, origin, mask=kept)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DP], tl.float32)
@@ -160,17 +172,17 @@ def _dense_kernel(
             masked += tl.maximum(seen_by_all - lowest, 0) // BLOCK * BLOCK
             for first in range(lowest, masked, BLOCK):
                 peak, total, acc = _attend_tile(
-                    query, peak, total, acc, first, start, highest, limit, number, of_row, kept,
-                    row, head, k, v, block_table, distances, peaks, scale, table_stride, block_size,
-                    kv_heads * GROUP, logits_width, tiles,
+                    query, peak, total, acc, origin, first, start, highest, limit, number, kept,
+                    row, head, k, v, block_table, distances, scale, table_stride, block_size,
+                    logits_width,
                     k_row, k_head, k_token, k_channel, v_row, v_head, v_token, v_channel,
                     PAGED, KEEP_LOGITS, EVICTION, QUERIES, D, DP, BLOCK, False,
                 )  # fmt: skip
         for first in range(masked, highest, BLOCK):
             peak, total, acc = _attend_tile(
-                query, peak, total, acc, first, start, highest, limit, number, of_row, kept,
-                row, head, k, v, block_table, distances, peaks, scale, table_stride, block_size,
-                kv_heads * GROUP, logits_width, tiles,
+                query, peak, total, acc, origin, first, start, highest, limit, number, kept,
+                row, head, k, v, block_table, distances, scale, table_stride, block_size,
+                logits_width,
                 k_row, k_head, k_token, k_channel, v_row, v_head, v_token, v_channel,
                 PAGED, KEEP_LOGITS, EVICTION, QUERIES, D, DP, BLOCK, True,
             )  # fmt: skip
@@ -235,19 +247,18 @@ def attend(
     results = SplitOutputs.make(q, cuts)
     # Programs that wait beside a predecessor's would be spread unevenly over the multiprocessors.
     launch = overlap(q.device) if programs == 1 else {"OVERLAP": False}
-    logits = KeptLogits.make(q, capacity, block) if keep_logits else None
+    logits = KeptLogits.make(q, capacity) if keep_logits else None
     if batch == 0:
         return results.out, results.lse, logits
     _dense_kernel[(kv_heads * tiles, cuts.items)](
         q, k, v, seq_lens, starts, block_table, results.out, results.lse,
         None if logits is None else logits.distances,
-        None if logits is None else logits.peaks,
+        None if logits is None else logits.origins,
         results.part_out, results.part_lse, results.row_cuts,
         scale * LOG2E,
         0 if block_table is None else block_table.stride(0),
         k.shape[1] if paged else 0,
         0 if logits is None else logits.distances.stride(1),
-        0 if logits is None else logits.peaks.shape[1],
         batch,
         cuts.most,
         cuts.share or 0,

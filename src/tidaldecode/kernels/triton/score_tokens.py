@@ -19,14 +19,13 @@ HEADS_AT_ONCE = 32
 
 @triton.jit(do_not_specialize=["logits_width"])
 def _score_kernel(
-    distances, peaks, lse, seq_lens, starts, scores, sets, width, logits_width, tiles, log2e,
+    distances, origins, lse, seq_lens, starts, scores, sets, width, logits_width, log2e,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
     VECTOR: tl.constexpr,
-    TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(ceil(W / TOKENS), B * R)``; scores outside the row's range are -inf."""
@@ -44,8 +43,8 @@ def _score_kernel(
     score = tl.full([TOKENS], float("-inf"), tl.float32)
     if first < count:
         found = summed_scores(
-            distances, peaks, lse, index, first, count, sets, logits_width, tiles, log2e,
-            HEADS, ROWS, SOFTMAX, TOKENS, VECTOR, TILE,
+            distances, origins, lse, index, first, count, logits_width, log2e,
+            HEADS, ROWS, SOFTMAX, TOKENS, VECTOR,
         )  # fmt: skip
         score = tl.where(number < count, found, score)
     tl.store(target, score, mask=number < width)
@@ -73,15 +72,14 @@ def score_tokens(
         return scores
     heads = query_heads // sets
     _score_kernel[(max(1, triton.cdiv(width, TOKENS)), batch * sets)](
-        logits.distances, logits.peaks, lse, seq_lens, starts, scores,
-        sets, width, logits.distances.stride(1), logits.peaks.shape[1], LOG2E,
+        logits.distances, logits.origins, lse, seq_lens, starts, scores,
+        sets, width, logits.distances.stride(1), LOG2E,
         HEADS=heads,
         ROWS=min(HEADS_AT_ONCE, triton.next_power_of_2(heads)),
         SOFTMAX=softmax,
         PADDED=starts is not None,
         TOKENS=TOKENS,
         VECTOR=tokens_a_thread(TOKENS, _WARPS),
-        TILE=logits.tile,
         num_warps=_WARPS,
         **overlap(lse.device),
     )  # fmt: skip

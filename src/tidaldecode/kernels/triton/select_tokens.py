@@ -132,13 +132,12 @@ def select_tokens(
         select_kernel[(launch.programs, batch * sets)](
             scores,
             None if logits is None else logits.distances,
-            None if logits is None else logits.peaks,
+            None if logits is None else logits.origins,
             lse, seq_lens, starts,
             buffers.histograms, buffers.octaves, buffers.arrived, buffers.listed,
             buffers.candidates, buffers.above, buffers.found, buffers.positions, buffers.counts,
             sets,
             0 if logits is None else logits.distances.stride(1),
-            0 if logits is None else logits.peaks.shape[1],
             *scores.stride(),
             budget, sink_tokens, recent_tokens, LOG2E,
             FIRST=launch.first,
@@ -153,7 +152,6 @@ def select_tokens(
             FEW=_FEW,
             TILE=_TILE,
             FINE=fine,
-            LOGIT_TILE=0 if logits is None else logits.tile,
             num_warps=launch.warps,
             **options,
         )  # fmt: skip
