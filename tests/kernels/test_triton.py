@@ -34,9 +34,16 @@ HERE = torch.empty(0, device=DEVICE).device  # with its number: a scratch tells 
 HALF = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
 EXAMPLES = 60 if DEVICE == "cuda" else 40
 SCORE_KINDS = ("shared", "kv_head", "query_head", "query_head_logits")
-DENSE, SPARSE, SELECT, SCORE, SPLITK = (
+DENSE, SPARSE, SELECT, SCORE, SPLITK, CUTS = (
     importlib.import_module(f"tidaldecode.kernels.triton.{name}")
-    for name in ("dense_decode", "sparse_decode", "select_tokens", "score_tokens", "_splitk")
+    for name in (
+        "dense_decode",
+        "sparse_decode",
+        "select_tokens",
+        "score_tokens",
+        "_splitk",
+        "_cuts",
+    )
 )
 
 
@@ -272,12 +279,12 @@ def test_huge_logits_do_not_overflow(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("kind", SCORE_KINDS)
 def test_an_offset_that_all_logits_share_costs_no_precision(kind, dtype):
-    case = make_case(2, 2, 2, 64, 300, dtype=dtype, ends=[300, 211], starts=[0, 9])
+    case = make_case(2, 2, 2, 64, 301, dtype=dtype, ends=[301, 211], starts=[0, 9])
     # Models with biases of keys: Qwen 2.
     case.q[..., :4] += 20
     case.k[..., :4] += 20
-    for tokens in (16, None):
-        with small_tiles(tokens):
+    for sizes in ((16, 64), (None, None)):
+        with small_tiles(*sizes):
             check_dense(case, kind)
 
 
@@ -329,9 +336,9 @@ def test_scores_of_any_range_are_sorted_out(low, high, few, listed, monkeypatch)
 def test_bins_of_any_size_find_the_same_tokens(bits, monkeypatch):
     monkeypatch.setattr(SELECT, "bin_bits", lambda _: bits)
     monkeypatch.setattr(SELECT, "_FEW", 4)
-    scores = torch.rand(1, 1, 400) ** 9
-    scores[..., ::5] = scores[..., :1]
-    for budget in (1, 40, 300):
+    scores = torch.rand(1, 1, 400)
+    scores[..., ::5] = 0.5
+    for budget in (1, 40, 200, 300):
         call = {"scores": scores, "seq_lens": int32([390]), "starts": int32([7]), "budget": budget}
         with small_tiles():
             check_select({"sink_tokens": 0, "recent_tokens": 0, **call})
@@ -371,10 +378,12 @@ def test_one_scratch_serves_selections_of_any_size():
 
 @pytest.mark.parametrize("granularity", ["shared", "kv_head", "query_head"])
 @pytest.mark.parametrize("tokens", [16, None])
-def test_rows_that_are_attended_to_whole(granularity, tokens):
+@pytest.mark.parametrize("processors", [8, 64])
+def test_rows_that_are_attended_to_whole(granularity, tokens, processors, monkeypatch):
     """Longer than the selection has slots, shorter, empty; split over several programs and not."""
-    case = make_case(4, 2, 2, 16, 70, ends=[70, 61, 3, 0], layout="paged 16")
-    chosen = choose(case, sets_of(case, granularity), 0.2, ragged=True)
+    monkeypatch.setattr(CUTS, "processors", lambda _: processors)
+    case = make_case(4, 2, 2, 16, 190, ends=[190, 161, 3, 0], layout="paged 16")
+    chosen = choose(case, sets_of(case, granularity), 0.3, ragged=True)
     keep = heads_of(chosen, 4).clone()
     keep[1:3] = case.keep[1:3]
     out = torch.full_like(case.q, 9).to(DEVICE)
@@ -384,7 +393,7 @@ def test_rows_that_are_attended_to_whole(granularity, tokens):
             selection=selection_of(chosen).to(torch.device(DEVICE)),
             scale=case.scale,
             backend="triton",
-            whole_lens=torch.tensor([0, 61, 3, 0], dtype=torch.int32, device=DEVICE),
+            whole_lens=torch.tensor([0, 161, 3, 0], dtype=torch.int32, device=DEVICE),
             out=out,
             **{name: moved(value) for name, value in case.cache().items()},
         )
