@@ -45,7 +45,7 @@ def histogram_elements(sets: int) -> int:
 
 
 def padded_width(width: int) -> int:
-    """Tokens that a row of logits or scores has room for: a multiple of 64 bytes."""
+    """Tokens that a row of logits or scores has room for, a multiple of 16: rows start aligned."""
     return width + -width % 16
 
 
