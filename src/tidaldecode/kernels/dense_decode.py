@@ -57,7 +57,7 @@ def dense_decode(
         ``out`` like q, ``lse`` fp32 like q without D, and ``token_scores [B, R, W]`` fp32 or None, where
         W >= max(seq_lens); positions outside a row's range hold -inf. Scores of fp32 queries are fp32's.
         In half precision a GPU keeps a logit as its distance from the logit of the row's first token,
-        which loses up to 2**-11 of that distance; plain bf16 attention loses 2**-9 of the logit.
+        which loses up to 2**-11 of that distance; plain bf16 attention loses 2**-8 of the logit.
 
     Errors: `TidalError` naming the argument that breaks the contract.
     """

@@ -7,14 +7,18 @@ import triton
 import triton.language as tl
 
 from tidaldecode.kernels.scratch import padded_width
-from tidaldecode.kernels.triton._logits import KeptLogits, summed_scores, tokens_a_thread
+from tidaldecode.kernels.triton._logits import (
+    HEADS_AT_ONCE,
+    KeptLogits,
+    summed_scores,
+    tokens_a_thread,
+)
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import LOG2E
 
 TOKENS = 256
 """Tokens of one program."""
 _WARPS = 4
-HEADS_AT_ONCE = 32
 
 
 @triton.jit(do_not_specialize=["logits_width"])

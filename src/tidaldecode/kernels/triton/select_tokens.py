@@ -23,12 +23,11 @@ from tidaldecode.errors import TidalError
 from tidaldecode.kernels.scratch import CANDIDATES, Scratch, bin_bits
 from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton._device import processors
-from tidaldecode.kernels.triton._logits import KeptLogits, tokens_a_thread
+from tidaldecode.kernels.triton._logits import HEADS_AT_ONCE, KeptLogits, tokens_a_thread
 from tidaldecode.kernels.triton._overlap import overlap
 from tidaldecode.kernels.triton._radix import OCTAVES, POSITION_BITS
 from tidaldecode.kernels.triton._selection import select_kernel
 from tidaldecode.kernels.triton._splitk import LOG2E
-from tidaldecode.kernels.triton.score_tokens import HEADS_AT_ONCE
 
 _LISTED = CANDIDATES
 """Candidates of a set that are listed; if there are more, the scores are read again."""
