@@ -11,14 +11,14 @@ from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
 from tidaldecode.kernels.triton._cuts import Cuts, split_count
 from tidaldecode.kernels.triton._device import fitting_stages, processors
-from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
-from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_nothing, store_split
+from tidaldecode.kernels.triton._overlap import fetch, overlap, wait_for_predecessor
+from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_split
 
 
 @triton.jit(do_not_specialize=["splits", "stretch"])
 def _sparse_kernel(
     q, k, v, positions, counts, whole_lens, block_table, out, lse, part_out, part_lse,
-    scale, table_stride, block_size, capacity, kv_heads, budget, splits, stretch,
+    scale, table_stride, block_size, capacity, budget, splits, stretch,
     q_row, q_head, q_channel,
     k_row, k_head, k_token, k_channel,
     v_row, v_head, v_token, v_channel,
@@ -33,6 +33,7 @@ def _sparse_kernel(
     SPLIT: tl.constexpr,
     SINGLE: tl.constexpr,
     SHARED_SET: tl.constexpr,
+    SHARERS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(splits, H, B)``, H = max(R, Hkv): one program, one stretch of one head's selection.
@@ -40,20 +41,27 @@ def _sparse_kernel(
     With ``SINGLE`` no stretch is longer than a tile. Its positions are loaded before their number and
     the query, so as not to wait for these.
     """
-    wait_for_predecessor(OVERLAP)
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
-    kv_head = head // (heads // kv_heads)
+    kv_head = head // SHARERS
     chosen_set = 0 if SHARED_SET else head
     chosen = positions + row.to(tl.int64) * p_row + chosen_set * p_set
+    group = tl.arange(0, ROWS)
+    channel = tl.arange(0, DP)
+    asked = q + row.to(tl.int64) * q_row + (head * GROUP + group)[:, None] * q_head
+    asked += channel[None, :] * q_channel
     step = tl.arange(0, BLOCK)
+    if not WHOLE_ROWS:
+        lowest = split * stretch
+        fetch(chosen + tl.minimum(lowest + step, tl.maximum(budget, 1) - 1) * p_token, OVERLAP)
+    wait_for_predecessor(OVERLAP)
     if WHOLE_ROWS:
         whole = tl.load(whole_lens + row)
         count = tl.load(counts + row * c_row + chosen_set * c_set)
         count = tl.where(whole > 0, whole, count)
         stretch = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
         budget = tl.where(whole > 0, 0, budget)
-    lowest = split * stretch
+        lowest = split * stretch
     if SINGLE:
         slot = lowest + step
         token = tl.load(chosen + slot * p_token, mask=slot < budget, other=-1)
@@ -62,56 +70,46 @@ def _sparse_kernel(
     highest = tl.minimum(lowest + stretch, count)
     # What several programs share is walked through to its end, which is known before the count is.
     stop = tl.minimum(lowest + stretch, budget) if SPLIT and not WHOLE_ROWS else highest
-    group = tl.arange(0, ROWS)
     number = (row * heads + head) * GROUP + group
     place = number.to(tl.int64) * splits + split
-    if SPLIT & (lowest >= highest):
-        store_nothing(place, group < GROUP, part_lse, ROWS)
-    else:
-        channel = tl.arange(0, DP)
-        q_offsets = row.to(tl.int64) * q_row + (head * GROUP + group)[:, None] * q_head
-        query = tl.load(
-            q + q_offsets + channel[None, :] * q_channel,
-            mask=(group < GROUP)[:, None] & (channel < D)[None, :],
-            other=0.0,
-        )
-        peak = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, DP], tl.float32)
-        for first in range(lowest, stop, BLOCK):
-            if not SINGLE:
-                slot = first + step
-                token = tl.load(chosen + slot * p_token, mask=slot < budget, other=-1)
-            if WHOLE_ROWS:
-                token = tl.where(whole > 0, slot, token)
-            there = (slot < highest) & (token >= 0) & (token < capacity)
-            inside = there[:, None] & (channel < D)[None, :]
-            at = token_offsets(
-                token, row, kv_head, there, block_table, table_stride, block_size,
-                k_row, k_head, k_token, PAGED,
-            )  # fmt: skip
-            key = tl.load(k + at[:, None] + channel[None, :] * k_channel, mask=inside, other=0.0)
-            at = token_offsets(
-                token, row, kv_head, there, block_table, table_stride, block_size,
-                v_row, v_head, v_token, PAGED,
-            )  # fmt: skip
-            value = tl.load(v + at[:, None] + channel[None, :] * v_channel, mask=inside, other=0.0)
-            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-            logit = tl.where(there[None, :], logit, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(logit, 1))
-            # A stretch may hold nothing but padding: -inf - -inf would be NaN.
-            safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            weight = tl.exp2(logit - safe_peak[:, None])
-            old = tl.exp2(peak - safe_peak)
-            total = total * old + tl.sum(weight, 1)
-            acc = acc * old[:, None]
-            # Weights in the values' precision, as the hardware multiplies; exact ones cost 5 to 8 %.
-            acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
-            peak = new_peak
-        store_split(
-            acc, peak, total, place, number, group < GROUP, part_out, part_lse, out, lse, False,
-            SPLIT, D, DP,
+    query = tl.load(asked, mask=(group < GROUP)[:, None] & (channel < D)[None, :], other=0.0)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DP], tl.float32)
+    for first in range(lowest, stop, BLOCK):
+        if not SINGLE:
+            slot = first + step
+            token = tl.load(chosen + slot * p_token, mask=slot < budget, other=-1)
+        if WHOLE_ROWS:
+            token = tl.where(whole > 0, slot, token)
+        there = (slot < highest) & (token >= 0) & (token < capacity)
+        inside = there[:, None] & (channel < D)[None, :]
+        at = token_offsets(
+            token, row, kv_head, there, block_table, table_stride, block_size,
+            k_row, k_head, k_token, PAGED,
         )  # fmt: skip
+        key = tl.load(k + at[:, None] + channel[None, :] * k_channel, mask=inside, other=0.0)
+        at = token_offsets(
+            token, row, kv_head, there, block_table, table_stride, block_size,
+            v_row, v_head, v_token, PAGED,
+        )  # fmt: skip
+        value = tl.load(v + at[:, None] + channel[None, :] * v_channel, mask=inside, other=0.0)
+        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        logit = tl.where(there[None, :], logit, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(logit, 1))
+        # A stretch may hold nothing but padding: -inf - -inf would be NaN.
+        safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2(logit - safe_peak[:, None])
+        old = tl.exp2(peak - safe_peak)
+        total = total * old + tl.sum(weight, 1)
+        acc = acc * old[:, None]
+        # Weights in the values' precision, as the hardware multiplies; exact ones cost 5 to 8 %.
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
+        peak = new_peak
+    store_split(
+        acc, peak, total, place, number, group < GROUP, part_out, part_lse, out, lse, False,
+        SPLIT, D, DP,
+    )  # fmt: skip
 
 
 def sparse_decode(
@@ -150,7 +148,6 @@ def sparse_decode(
         0 if block_table is None else block_table.stride(0),
         k.shape[1] if paged else 0,
         layout.capacity(k, block_table),
-        kv_heads,
         budget,
         splits,
         stretch,
@@ -169,6 +166,7 @@ def sparse_decode(
         SPLIT=splits > 1,
         SINGLE=stretch <= block and whole_lens is None,
         SHARED_SET=sets == 1,
+        SHARERS=heads // kv_heads,
         num_warps=warps,
         num_stages=fitting_stages(stages, 2 * block * padded_dim * k.element_size(), k.device),
         **overlap(q.device),
