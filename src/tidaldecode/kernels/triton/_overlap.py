@@ -26,23 +26,6 @@ def wait_for_predecessor(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit
-def fetch(pointers, OVERLAP: tl.constexpr):
-    """Bring what ``pointers`` point at into the GPU's cache: no value is read, so no wait is needed.
-
-    Done before the wait, it takes the first use of a kernel's arguments out of the time after it.
-    """
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [pointers.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
 @functools.cache
 def overlap(device: torch.device) -> dict[str, Any]:
     """Keywords of every launch on ``device``: ``OVERLAP`` for the kernel, and how it is launched."""

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from tidaldecode.kernels.triton._cuts import Cuts
-from tidaldecode.kernels.triton._device import heads_at_once, processors
-from tidaldecode.kernels.triton._overlap import fetch, overlap, wait_for_predecessor
+from tidaldecode.kernels.triton._device import heads_at_once
+from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E = 1.4426950408889634
@@ -26,8 +26,6 @@ _MERGED_SPLITS = 32
 """Partial outputs of one head that a merge holds in registers at a time."""
 _MERGED = 4096
 """Their numbers, over all heads of a program."""
-_NARROWEST = 32
-"""Channels of a head that a merge has at least; where heads are few, more of the GPU merges each."""
 
 
 @triton.jit
@@ -75,19 +73,16 @@ def _merge_kernel(
     HEADS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     D: tl.constexpr,
-    SLICE: tl.constexpr,
+    DP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(ceil(numbers / HEADS), ceil(D / SLICE))``: ``SLICE`` channels of ``HEADS`` heads of queries.
+    """Grid ``(ceil(numbers / HEADS),)``: a program merges the splits of ``HEADS`` heads of queries.
 
-    ``CUT``: each row has the parts that ``row_cuts [B, 2]`` says, and ``splits`` counts those of all rows.
+    ``CUT``: each row has those that ``row_cuts [B, 2]`` says, and ``splits`` counts those of all rows.
     """
-    head = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS)
-    channel = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
-    target = out + head[:, None] * D + channel[None, :]
-    known = head < numbers
-    fetch(part_lse + tl.where(known, head, 0), OVERLAP)
     wait_for_predecessor(OVERLAP)
+    head = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS)
+    known = head < numbers
     if CUT:
         row = head // row_heads
         begin = (head - row * row_heads) * splits + tl.load(row_cuts + row * 2, mask=known, other=0)
@@ -99,9 +94,10 @@ def _merge_kernel(
         begin = head * splits
         count = tl.full([HEADS], 0, tl.int32) + splits
         most = splits
+    channel = tl.arange(0, DP)
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, SLICE], tl.float32)
+    acc = tl.zeros([HEADS, DP], tl.float32)
     for first in range(0, most, AT_ONCE):
         split = first + tl.arange(0, AT_ONCE)
         slot = begin[:, None] + split[None, :]
@@ -124,12 +120,11 @@ def _merge_kernel(
     full = total > 0
     safe = tl.where(full, total, 1.0)
     tl.store(
-        target,
+        out + head[:, None] * D + channel[None, :],
         (acc / safe[:, None]).to(out.dtype.element_ty),
         mask=known[:, None] & (channel < D)[None, :],
     )
-    if tl.program_id(1) == 0:
-        tl.store(lse + head, tl.where(full, (peak + tl.log2(safe)) * LN2, float("-inf")), mask=known)
+    tl.store(lse + head, tl.where(full, (peak + tl.log2(safe)) * LN2, float("-inf")), mask=known)
 
 
 @dataclass(frozen=True)
@@ -175,10 +170,7 @@ class SplitOutputs:
         splits = self.cuts.most if share is None else min(self.cuts.most, share)
         at_once = min(_MERGED_SPLITS, triton.next_power_of_2(splits))
         heads = heads_at_once(numbers, at_once * padded_dim, _MERGED, self.out.device)
-        width = padded_dim
-        while width > _NARROWEST and numbers * triton.cdiv(head_dim, width) < processors(self.out.device):
-            width //= 2
-        _merge_kernel[(triton.cdiv(numbers, heads), triton.cdiv(head_dim, width))](
+        _merge_kernel[(triton.cdiv(numbers, heads),)](
             self.part_out, self.part_lse, self.row_cuts, self.out, self.lse,
             splits if share is None else self.cuts.items,
             numbers, numbers // len(self.lse),
@@ -186,7 +178,7 @@ class SplitOutputs:
             HEADS=heads,
             AT_ONCE=at_once,
             D=head_dim,
-            SLICE=width,
-            num_warps=4 if width == padded_dim else 2,
+            DP=padded_dim,
+            num_warps=4,
             **overlap(self.out.device),
         )  # fmt: skip

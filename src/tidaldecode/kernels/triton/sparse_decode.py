@@ -11,7 +11,7 @@ from tidaldecode.kernels.select_tokens import Selection
 from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
 from tidaldecode.kernels.triton._cuts import Cuts, split_count
 from tidaldecode.kernels.triton._device import fitting_stages, processors
-from tidaldecode.kernels.triton._overlap import fetch, overlap, wait_for_predecessor
+from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_split
 
 
@@ -38,30 +38,24 @@ def _sparse_kernel(
 ):  # fmt: skip
     """Grid ``(splits, H, B)``, H = max(R, Hkv): one program, one stretch of one head's selection.
 
+    ``SHARERS`` of these heads read the same KV head.
     With ``SINGLE`` no stretch is longer than a tile. Its positions are loaded before their number and
     the query, so as not to wait for these.
     """
+    wait_for_predecessor(OVERLAP)
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     kv_head = head // SHARERS
     chosen_set = 0 if SHARED_SET else head
     chosen = positions + row.to(tl.int64) * p_row + chosen_set * p_set
-    group = tl.arange(0, ROWS)
-    channel = tl.arange(0, DP)
-    asked = q + row.to(tl.int64) * q_row + (head * GROUP + group)[:, None] * q_head
-    asked += channel[None, :] * q_channel
     step = tl.arange(0, BLOCK)
-    if not WHOLE_ROWS:
-        lowest = split * stretch
-        fetch(chosen + tl.minimum(lowest + step, tl.maximum(budget, 1) - 1) * p_token, OVERLAP)
-    wait_for_predecessor(OVERLAP)
     if WHOLE_ROWS:
         whole = tl.load(whole_lens + row)
         count = tl.load(counts + row * c_row + chosen_set * c_set)
         count = tl.where(whole > 0, whole, count)
         stretch = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
         budget = tl.where(whole > 0, 0, budget)
-        lowest = split * stretch
+    lowest = split * stretch
     if SINGLE:
         slot = lowest + step
         token = tl.load(chosen + slot * p_token, mask=slot < budget, other=-1)
@@ -70,9 +64,16 @@ def _sparse_kernel(
     highest = tl.minimum(lowest + stretch, count)
     # What several programs share is walked through to its end, which is known before the count is.
     stop = tl.minimum(lowest + stretch, budget) if SPLIT and not WHOLE_ROWS else highest
+    group = tl.arange(0, ROWS)
+    channel = tl.arange(0, DP)
     number = (row * heads + head) * GROUP + group
     place = number.to(tl.int64) * splits + split
-    query = tl.load(asked, mask=(group < GROUP)[:, None] & (channel < D)[None, :], other=0.0)
+    q_offsets = row.to(tl.int64) * q_row + (head * GROUP + group)[:, None] * q_head
+    query = tl.load(
+        q + q_offsets + channel[None, :] * q_channel,
+        mask=(group < GROUP)[:, None] & (channel < D)[None, :],
+        other=0.0,
+    )
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DP], tl.float32)
@@ -131,8 +132,7 @@ def sparse_decode(
     heads = max(sets, kv_heads)
     group = query_heads // heads
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    most = max(_FEW_PARTS, triton.cdiv(budget, _TOKENS))
-    programs = split_count(batch * heads, min(most, max(budget, 1)), q.device)
+    programs = _parts(batch * heads, budget, _largest_tile(padded_dim, q.element_size()), q.device)
     tokens = triton.cdiv(budget, programs)
     per_processor = triton.cdiv(batch * heads, processors(q.device))
     block, warps, stages = _tile(padded_dim, q.element_size(), tokens, per_processor)
@@ -177,10 +177,28 @@ def sparse_decode(
 
 _FEW_PARTS = 8
 _TOKENS = 256
-"""Parts of a selection are that few, or have that many tokens: more of them take longer to merge."""
+"""Parts of several tiles are that few, or have that many tokens: more of them take longer to merge."""
 
 _FEWEST = 64
 """Tokens of a tile: smaller ones leave more parts to merge."""
+
+
+def _parts(heads: int, budget: int, largest_tile: int, device: torch.device) -> int:
+    """Parts of the ``budget`` tokens of each of ``heads``, counted over all rows.
+
+    A part of one tile asks for all that it reads at once. Where two programs a multiprocessor are enough
+    for that, no part has more (best between a layer's products as well, on an H200).
+    """
+    single = max(_FEW_PARTS, triton.cdiv(budget, largest_tile))
+    if heads * single <= 2 * processors(device):
+        return split_count(heads, single, device, per_processor=2)
+    most = max(_FEW_PARTS, triton.cdiv(budget, _TOKENS))
+    return split_count(heads, min(most, max(budget, 1)), device)
+
+
+def _largest_tile(padded_dim: int, element_size: int) -> int:
+    """Most tokens of a tile."""
+    return 4096 // padded_dim if element_size == 4 else min(128, 16384 // padded_dim)
 
 
 def _tile(
@@ -192,11 +210,9 @@ def _tile(
         tokens: what a program reads.
         per_processor: programs that a multiprocessor is given.
     """
-    if element_size == 4:
-        most, stages = 4096 // padded_dim, 2
-    elif per_processor > 2 and padded_dim > 64:
+    most, stages = _largest_tile(padded_dim, element_size), 2
+    if element_size < 4 and per_processor > 2 and padded_dim > 64:
         most, stages = 64, 3
-    else:
-        most = min(128, 16384 // padded_dim)
-        stages = 3 if per_processor == 1 and tokens >= 2 * _FEWEST else 2
+    elif element_size < 4 and per_processor == 1 and tokens > most:
+        stages = 3
     return max(16, min(most, max(_FEWEST, triton.next_power_of_2(tokens)))), 4, stages
