@@ -9,9 +9,9 @@ pytest.importorskip("triton")
 
 from tidaldecode.kernels.triton import _device
 
-DENSE, SPARSE, LINEAR = (
+DENSE, SPARSE, LINEAR, CUTS = (
     importlib.import_module(f"tidaldecode.kernels.triton.{name}")
-    for name in ("dense_decode", "sparse_decode", "linear")
+    for name in ("dense_decode", "sparse_decode", "linear", "_cuts")
 )
 CUDA = torch.device("cuda")
 H200, A100, RTX_4090, T4 = 232_448, 166_912, 101_376, 65_536
@@ -64,3 +64,22 @@ def test_an_h200_has_room_for_all_and_a_consumer_gpu_for_two_stages(monkeypatch)
 
 def test_interpreted_kernels_keep_their_stages():
     assert _device.fitting_stages(3, 1 << 30, torch.device("cpu")) == 3
+
+
+@pytest.mark.parametrize(
+    "heads, budget, parts",
+    [
+        (8, 512, 8),
+        (8, 4096, 32),  # two programs a multiprocessor, each with one tile of 128
+        (8, 8192, 16),  # more would be needed: one each, with several tiles
+        (32, 512, 8),
+        (32, 4096, 4),
+        (128, 512, 1),
+        (1, 1, 8),
+        (0, 512, 8),
+    ],
+)
+def test_parts_of_a_selection_on_an_h200(monkeypatch, heads, budget, parts):
+    for module in (SPARSE, CUTS):
+        monkeypatch.setattr(module, "processors", lambda _: 132)
+    assert SPARSE._parts(heads, budget, 128, CUDA) == parts
