@@ -226,6 +226,18 @@ def test_tile_and_split_edges_lose_and_repeat_no_token(tokens):
         check_sparse(case, chosen, case.valid)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_a_selection_is_read_in_any_number_of_parts(parts, share, monkeypatch):
+    """Of one tile and of several, full, partly padded and empty."""
+    monkeypatch.setattr(SPARSE, "_parts", lambda *_: parts)
+    case = make_case(3, 2, 2, 16, 190, ends=[190, 40, 0])
+    with small_tiles(16):
+        for sets in (1, 2, 4):
+            chosen = choose(case, sets, share, ragged=True)
+            check_sparse(case, chosen, read_by(case, chosen), spare=3)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
 def test_memory_outside_a_row_changes_no_bit(layout, poison):
@@ -381,7 +393,8 @@ def test_one_scratch_serves_selections_of_any_size():
 @pytest.mark.parametrize("processors", [8, 64])
 def test_rows_that_are_attended_to_whole(granularity, tokens, processors, monkeypatch):
     """Longer than the selection has slots, shorter, empty; split over several programs and not."""
-    monkeypatch.setattr(CUTS, "processors", lambda _: processors)
+    for module in (CUTS, SPARSE):
+        monkeypatch.setattr(module, "processors", lambda _: processors)
     case = make_case(4, 2, 2, 16, 190, ends=[190, 161, 3, 0], layout="paged 16")
     chosen = choose(case, sets_of(case, granularity), 0.3, ragged=True)
     keep = heads_of(chosen, 4).clone()
