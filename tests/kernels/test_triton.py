@@ -320,6 +320,16 @@ def test_a_hole_inside_a_set_is_skipped_and_padding_may_fill_a_split():
     assert_attends_exactly(out, lse, case.q, case.k, case.v, keep, case.scale)
 
 
+def test_positions_beyond_the_cache_are_skipped():
+    case = make_case(1, 2, 2, 16, 50)  # the second head's keys lie behind the first's
+    positions = torch.arange(10, 90, dtype=torch.int32).view(1, 1, 80)
+    positions[..., -20:] += 1 << 30
+    with small_tiles(16):
+        out, lse = run_sparse(case, Selection(positions, int32([[80]])), case.valid)
+    keep = (torch.arange(50) >= 10).expand(1, 4, -1)
+    assert_attends_exactly(out, lse, case.q, case.k, case.v, keep, case.scale)
+
+
 @pytest.mark.parametrize(
     "low, high", [(-1, 1), (0, 1), (1e-4, 1.1e-4), (-1e30, 1e30), (1e-12, 1e-9)]
 )
