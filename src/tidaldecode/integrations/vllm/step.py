@@ -145,23 +145,29 @@ class StepMaker:
     ) -> None:
         """Once, and never during a capture: compile the kernels for every number of rows.
 
-        Few rows are split over more programs, in smaller tiles and with more parts to merge.
+        Few rows are split over more programs, in smaller tiles and with more parts to merge. From some
+        number on nothing changes, but that number depends on the heads, and asking is cheap.
         """
         if self.is_warm or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self.is_warm = True
-        layers = (self.plan.layers(Role.SELECT)[0], *self.plan.layers(Role.SPARSE)[:1])
-        for rows in range(1, min(_WARM_ROWS, self.rows_at_once, len(self._whole_lens)) + 1):
-            nothing = step.state.seq_lens.new_zeros(rows)
-            state = self.begin(nothing, nothing.new_zeros(rows, step.width))
-            state.whole_lens = nothing
-            queries = q.new_zeros(rows, *q.shape[1:])
-            for layer in layers:
-                decode_attention(queries, k, v, layer, self.plan, state, scale=scale)
-
-
-_WARM_ROWS = 34
-"""With so many rows even one KV head fills the largest GPUs of today without splits."""
+        select, sparse = self.plan.layers(Role.SELECT)[0], self.plan.layers(Role.SPARSE)[:1]
+        most = len(self._whole_lens)
+        nothing = step.state.seq_lens.new_zeros(most)
+        table = nothing.new_zeros(most, step.width)
+        queries = q.new_zeros(most, *q.shape[1:])
+        for rows in range(1, most + 1):
+            state = self.begin(nothing[:rows], table[:rows])
+            state.whole_lens = nothing[:rows]
+            if rows <= self.rows_at_once:
+                decode_attention(queries[:rows], k, v, select, self.plan, state, scale=scale)
+                sets = _selection(state).counts.shape[1]
+            else:
+                state.selection = Selection(
+                    nothing.new_zeros(rows, sets, self.config.budget), nothing.new_zeros(rows, sets)
+                )
+            for layer in sparse:
+                decode_attention(queries[:rows], k, v, layer, self.plan, state, scale=scale)
 
 
 def _selection(state: DecodeState) -> Selection:

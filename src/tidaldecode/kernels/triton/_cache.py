@@ -6,6 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+ROW_ARGUMENTS = ["seq_lens", "starts", "whole_lens", "block_table"]
+"""Arguments of kernels that have something for each row, for their ``do_not_specialize_on_alignment``.
+
+They may be those of some rows of a batch, at any address: no kernel is compiled anew for that.
+"""
+
 
 @triton.jit
 def token_offsets(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from tidaldecode.kernels.triton._barrier import leave, wait_for_all
+from tidaldecode.kernels.triton._cache import ROW_ARGUMENTS
 from tidaldecode.kernels.triton._candidates import lowest_of_few, lowest_of_many, read_keys
 from tidaldecode.kernels.triton._logits import summed_scores
 from tidaldecode.kernels.triton._overlap import wait_for_predecessor
@@ -142,7 +143,7 @@ def emit_stretch(
             before += tl.sum(taken, 0)
 
 
-@triton.jit(do_not_specialize=["logits_width"])
+@triton.jit(do_not_specialize=["logits_width"], do_not_specialize_on_alignment=ROW_ARGUMENTS)
 def select_kernel(
     scores, distances, origins, lse, seq_lens, starts,
     histograms, octaves, arrived, listed, candidates, above, found, positions, counts,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import ScoreKind
-from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
+from tidaldecode.kernels.triton._cache import ROW_ARGUMENTS, cache_strides, token_offsets
 from tidaldecode.kernels.triton._cuts import Cuts, find_part
 from tidaldecode.kernels.triton._device import fitting_stages
 from tidaldecode.kernels.triton._logits import KeptLogits, keep_logits
@@ -76,7 +76,10 @@ def _attend_tile(
     return new_peak, total, acc
 
 
-@triton.jit(do_not_specialize=["batch", "most", "share", "spare"])
+@triton.jit(
+    do_not_specialize=["batch", "most", "share", "spare"],
+    do_not_specialize_on_alignment=ROW_ARGUMENTS,
+)
 def _dense_kernel(
     q, k, v, seq_lens, starts, block_table, out, lse, distances, origins, part_out, part_lse, row_cuts,
     scale, table_stride, block_size, logits_width, batch, most, share, spare,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from tidaldecode.kernels.scratch import padded_width
+from tidaldecode.kernels.triton._cache import ROW_ARGUMENTS
 from tidaldecode.kernels.triton._logits import (
     HEADS_AT_ONCE,
     KeptLogits,
@@ -21,7 +22,7 @@ TOKENS = 256
 _WARPS = 4
 
 
-@triton.jit(do_not_specialize=["logits_width"])
+@triton.jit(do_not_specialize=["logits_width"], do_not_specialize_on_alignment=ROW_ARGUMENTS)
 def _score_kernel(
     distances, origins, lse, seq_lens, starts, scores, sets, width, logits_width, log2e,
     HEADS: tl.constexpr,

@@ -8,14 +8,14 @@ import triton.language as tl
 
 from tidaldecode.kernels import layout
 from tidaldecode.kernels.select_tokens import Selection
-from tidaldecode.kernels.triton._cache import cache_strides, token_offsets
+from tidaldecode.kernels.triton._cache import ROW_ARGUMENTS, cache_strides, token_offsets
 from tidaldecode.kernels.triton._cuts import Cuts, split_count
 from tidaldecode.kernels.triton._device import fitting_stages, processors
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 from tidaldecode.kernels.triton._splitk import LOG2E, SplitOutputs, store_split
 
 
-@triton.jit(do_not_specialize=["splits", "stretch"])
+@triton.jit(do_not_specialize=["splits", "stretch"], do_not_specialize_on_alignment=ROW_ARGUMENTS)
 def _sparse_kernel(
     q, k, v, positions, counts, whole_lens, block_table, out, lse, part_out, part_lse,
     scale, table_stride, block_size, capacity, budget, splits, stretch,
