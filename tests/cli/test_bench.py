@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tidaldecode import TidalConfig
+from tidaldecode.bench import decode
 from tidaldecode.bench.decode import random_model, time_steps
 from tidaldecode.bench.shapes import SHAPES, shape_config
 from tidaldecode.cli import run
@@ -81,6 +82,33 @@ def test_bytes_are_those_of_weights_and_of_what_each_layer_reads(tiny):
     parameters = sum(p.numel() for p in tiny.parameters())
     assert full.weight_bytes == tidal.weight_bytes == 4 * (parameters - 512 * 64)
     assert full.floor_ms == pytest.approx(1e3 * (full.weight_bytes + full.kv_bytes) / 1e9)
+
+
+def test_nothing_is_timed_after_a_profile(tiny, monkeypatch):
+    methods = {"full": None, "tidal": TidalConfig(budget=20, select_layers=(2,))}
+    events, lengths = [], []
+    monkeypatch.setattr(decode, "is_profiled", lambda _: True)
+    timed = decode.step_times
+
+    def note_times(step, steps):
+        events.append("time" if steps == 4 else "warm")
+        return timed(step, steps)
+
+    def note_parts(step, milliseconds):
+        events.append("profile")
+        lengths.append((step.batch, step.length))
+        return {"took": milliseconds, "dense": str(step.plan).count("D")}
+
+    monkeypatch.setattr(decode, "step_times", note_times)
+    monkeypatch.setattr(decode, "step_parts", note_parts)
+    sizes = [(16, 1), (20, 2)]
+    results = time_steps(
+        tiny, methods, sizes=sizes, steps=4, bandwidth=1e9, on_method=lambda: events.append("told")
+    )
+    assert events == ["time", "told"] * 4 + ["warm", "profile", "told"] * 4
+    assert lengths == [(1, 20), (1, 20), (2, 24), (2, 24)]  # a step is warmed up and run once
+    assert [r.parts_ms["took"] for r in results] == [r.milliseconds for r in results]
+    assert [r.parts_ms["dense"] for r in results] == [6, 2, 6, 2]
 
 
 def test_the_model_is_left_as_it_was(tiny):

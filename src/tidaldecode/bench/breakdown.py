@@ -29,10 +29,13 @@ _MERGE = "_merge_kernel"
 """Belongs to the attention before it."""
 
 
+def is_profiled(device: torch.device) -> bool:
+    """Whether `step_parts` can tell the parts of a step there."""
+    return device.type == "cuda"
+
+
 def step_parts(step: DecodeStep, milliseconds: float) -> dict[str, float]:
-    """Milliseconds of every part of a step that takes ``milliseconds`` unwatched; {} on a CPU."""
-    if not step.tokens.is_cuda:
-        return {}
+    """Milliseconds of every part of a step that takes ``milliseconds`` unwatched."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         step.run()

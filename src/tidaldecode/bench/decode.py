@@ -6,19 +6,19 @@ real. Full attention runs through the same step, with a plan of dense layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tidaldecode.algorithm import Role
-from tidaldecode.bench.breakdown import step_parts
+from tidaldecode.bench.breakdown import is_profiled, step_parts
 from tidaldecode.bench.shapes import KEY_SPREAD
 from tidaldecode.bench.timing import now, summarise
 from tidaldecode.config import TidalConfig
 from tidaldecode.errors import TidalError
-from tidaldecode.integrations.transformers import enable
+from tidaldecode.integrations.transformers import TidalHandle, enable
 from tidaldecode.integrations.transformers.decode_step import DecodeStep, dense_plan
 from tidaldecode.integrations.transformers.footprint import measure_footprint
 from tidaldecode.integrations.transformers.settings import resolve_settings
@@ -94,30 +94,53 @@ def time_steps(
 ) -> list[StepTime]:
     """Time every method, None being full attention, at every ``(cached tokens, rows)`` of ``sizes``.
 
+    ``on_method`` is called after each that was timed and, where they are profiled, after each profile.
+
     Errors: `TidalError` for methods that the model cannot run, and too little memory.
     """
     results = []
     # Enabled once for all: a model that is enabled anew is compiled anew.
     with enable(model, _any_config(methods)) as handle:
-        for context, batch in sizes:
-            cache = None
-            for name, config in methods.items():
-                settings, plan = handle.config, dense_plan(handle.plan)
-                if config is not None:
-                    settings, plan, _ = resolve_settings(model, handle.shape, config, {})
-                capacity = context + _SLACK + steps
-                step = DecodeStep(model, settings, plan, batch=batch, capacity=capacity)
-                if cache is None:
-                    cache = step.cache
-                    fill_cache(step)
-                else:
-                    step.use_cache(cache)
-                results.append(
-                    _time_step(step, name, config is not None, context, steps, bandwidth)
-                )
-                step.close()
-                on_method()
+        for method, context, step in _filled_steps(model, handle, methods, sizes, steps):
+            sparse = methods[method] is not None
+            results.append(_time_step(step, method, sparse, context, steps, bandwidth))
+            on_method()
+        if not is_profiled(model.device):
+            return results
+        # Last of all: once it was profiled, a process replays its graphs up to 3 % slower.
+        again = _filled_steps(model, handle, methods, sizes, steps)
+        for index, (_, context, step) in enumerate(again):
+            step.resume(context)
+            step_times(step, 1)
+            parts = step_parts(step, results[index].milliseconds)
+            results[index] = replace(results[index], parts_ms=parts)
+            on_method()
     return results
+
+
+def _filled_steps(
+    model: PreTrainedModel,
+    handle: TidalHandle,
+    methods: dict[str, TidalConfig | None],
+    sizes: Sequence[tuple[int, int]],
+    steps: int,
+) -> Iterator[tuple[str, int, DecodeStep]]:
+    """``(method, cached tokens, its step)``, all methods of a size on one cache; closed afterwards."""
+    for context, batch in sizes:
+        cache = None
+        for method, config in methods.items():
+            settings, plan = handle.config, dense_plan(handle.plan)
+            if config is not None:
+                settings, plan, _ = resolve_settings(model, handle.shape, config, {})
+            capacity = context + _SLACK + steps
+            step = DecodeStep(model, settings, plan, batch=batch, capacity=capacity)
+            if cache is None:
+                cache = step.cache
+                fill_cache(step)
+            else:
+                step.use_cache(cache)
+            yield method, context, step
+            step.close()
 
 
 def _time_step(
@@ -144,7 +167,6 @@ def _time_step(
         kv_bytes=kv,
         selected_kv_bytes=kv - dense_kv,
         floor_ms=1e3 * (weights + kv) / bandwidth,
-        parts_ms=step_parts(step, timing.median_ms),
     )
 
 

@@ -72,6 +72,7 @@ def decode(
     ] = None,
 ) -> None:
     """Time whole decode steps, sparse and with full attention, in one run."""
+    from tidaldecode.bench.breakdown import is_profiled
     from tidaldecode.bench.decode import check_contexts, random_model, read_bandwidth, time_steps
     from tidaldecode.bench.plots import plot_decode
     from tidaldecode.bench.shapes import shape_config
@@ -100,7 +101,8 @@ def decode(
     bandwidth = read_bandwidth(place)
     sizes = [(tokens, rows) for tokens in contexts for rows in batches]
     with rows_progress(console) as progress:
-        bar = progress.add_task("methods", total=len(sizes) * len(methods))
+        rounds = 2 if is_profiled(place) else 1
+        bar = progress.add_task("methods", total=rounds * len(sizes) * len(methods))
         results = time_steps(
             loaded,
             methods,
