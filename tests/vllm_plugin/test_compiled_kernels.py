@@ -18,7 +18,10 @@ from triton.runtime.interpreter import InterpretedFunction
 
 H200_PROCESSORS, MAX_ROWS = 132, 80
 PLAN = LayerPlan.build(4, dense_layers=1, select_layers=(1,))
-MODULES = ("sparse_decode", "dense_decode", "select_tokens", "_cuts", "_splitk", "_device")
+SELECT, *OTHERS = (
+    importlib.import_module(f"tidaldecode.kernels.triton.{name}")
+    for name in ("select_tokens", "sparse_decode", "_cuts", "_device")
+)
 
 
 def variant(kernel, arguments: dict) -> tuple:
@@ -47,13 +50,11 @@ def launched(monkeypatch):
         found.add(variant(kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}))
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
-    modules = [importlib.import_module(f"tidaldecode.kernels.triton.{name}") for name in MODULES]
-    for module in modules:
-        if hasattr(module, "processors"):
-            monkeypatch.setattr(module, "processors", lambda _: H200_PROCESSORS)
-    launches = modules[2]._launches
+    for module in (SELECT, *OTHERS):
+        monkeypatch.setattr(module, "processors", lambda _: H200_PROCESSORS)
+    launches = SELECT._launches
     monkeypatch.setattr(
-        modules[2], "_launches", lambda width, sets, _: launches(width, sets, torch.device("cuda"))
+        SELECT, "_launches", lambda width, sets, _: launches(width, sets, torch.device("cuda"))
     )
     return found
 
