@@ -33,14 +33,15 @@ def on_an_h200(monkeypatch):
 
 @pytest.mark.parametrize("width", [0, 1, 1024, 1025, 32_768, 102_400, 1 << 20])
 @pytest.mark.parametrize("sets", [1, 2, 3, 4, 5, 16, 512])
-def test_programs_that_wait_for_each_other_fit_on_the_gpu(on_an_h200, sets, width):
-    launches = SELECT._launches(width, sets, CUDA)
+@pytest.mark.parametrize("mergers", [0, 8, 50])
+def test_programs_that_wait_for_each_other_fit_on_the_gpu(on_an_h200, sets, width, mergers):
+    launches = SELECT._launches(width, sets, CUDA, mergers)
     assert [launches[0].first, launches[-1].last] == [1, 3]
     assert all(a.last + 1 == b.first for a, b in pairwise(launches))
     for launch in launches:
         assert launch.programs >= 1
         if launch.first < launch.last:
-            assert launch.programs * sets <= H200_PROCESSORS
+            assert (launch.programs + mergers) * sets <= H200_PROCESSORS
         else:
             assert launch.programs * launch.chunk >= width
     # What the second phase counts for each program the third one reads.
@@ -49,6 +50,7 @@ def test_programs_that_wait_for_each_other_fit_on_the_gpu(on_an_h200, sets, widt
 
 def test_few_sets_take_one_launch_and_none_where_kernels_are_interpreted(on_an_h200):
     assert len(SELECT._launches(32_768, 1, CUDA)) == 1
+    assert len(SELECT._launches(32_768, 4, CUDA, 8)) == 1
     assert len(SELECT._launches(32_768, 16, CUDA)) == 3
     assert len(SELECT._launches(32_768, 1, torch.device("cpu"))) == 3
 

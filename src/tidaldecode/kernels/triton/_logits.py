@@ -17,7 +17,7 @@ import triton.language as tl
 
 from tidaldecode.kernels.scratch import logits_dtype, padded_width
 from tidaldecode.kernels.triton._device import cache_bytes
-from tidaldecode.kernels.triton._splitk import LN2
+from tidaldecode.kernels.triton._merge import LN2, merged_lse
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,19 @@ def keep_logits(
 
 @triton.jit
 def summed_scores(
-    distances, origins, lse, index, first, count, width, log2e,
+    distances, origins, part_lse, row_cuts, lse, index, first, count, width, splits, row_heads,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    CUT: tl.constexpr,
+    PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[TOKENS]`` of one set, over its ``HEADS`` heads; void from number ``count`` on.
 
-    They begin with number ``first``, a multiple of ``TOKENS``. A thread loads ``VECTOR`` distances of a
+    They begin with number ``first``, a multiple of ``TOKENS``. Those of a softmax (``SOFTMAX``) take
+    log-sum-exps from `merged_lse`, ``PARTS`` parts at once. A thread loads ``VECTOR`` distances of a
     head at once, a power of two that divides widths.
     """
     number = first // TOKENS * TOKENS + tl.arange(0, TOKENS)
@@ -111,7 +114,11 @@ def summed_scores(
         distance = distance.to(tl.float32) * UNIT
         origin = tl.load(origins + query, mask=known, other=0.0)
         if SOFTMAX:
-            origin -= tl.load(lse + query, mask=known, other=0.0) * log2e
+            whole = merged_lse(
+                part_lse, row_cuts, lse, query, known, splits, row_heads, CUT, ROWS, PARTS
+            )  # fmt: skip
+            # Gathered, they take the layout of the distances, which would else be given theirs.
+            origin -= tl.gather(whole, tl.arange(0, ROWS), 0)
             score += tl.sum(tl.exp2(origin[:, None] - distance), 0)
         else:
             logit = (origin[:, None] - distance) * LN2

@@ -12,6 +12,7 @@ from tidaldecode.kernels.triton._barrier import leave, wait_for_all
 from tidaldecode.kernels.triton._cache import ROW_ARGUMENTS
 from tidaldecode.kernels.triton._candidates import lowest_of_few, lowest_of_many, read_keys
 from tidaldecode.kernels.triton._logits import summed_scores
+from tidaldecode.kernels.triton._merge import merge_heads
 from tidaldecode.kernels.triton._overlap import wait_for_predecessor
 from tidaldecode.kernels.triton._radix import (
     OCTAVES,
@@ -26,9 +27,10 @@ CLEARED: tl.constexpr = tl.constexpr(2048)
 
 @triton.jit
 def count_stretch(
-    source, stride, distances, origins, lse, histogram, octaves, index, first, last, start, end,
-    sinks, recents, wanted, logits_width, log2e,
+    source, stride, distances, origins, part_lse, row_cuts, lse, histogram, octaves,
+    index, first, last, start, end, sinks, recents, wanted, logits_width, splits, row_heads,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr,
+    CUT: tl.constexpr, PARTS: tl.constexpr,
     FINE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Count the tokens' keys by bin and by octave; with ``HEADS`` make their scores first.
@@ -42,8 +44,8 @@ def count_stretch(
         there = token < end
         if HEADS > 0:
             score = summed_scores(
-                distances, origins, lse, index, at - start, end - start, logits_width, log2e,
-                HEADS, ROWS, SOFTMAX, CHUNK, VECTOR,
+                distances, origins, part_lse, row_cuts, lse, index, at - start, end - start,
+                logits_width, splits, row_heads, HEADS, ROWS, SOFTMAX, CUT, PARTS, CHUNK, VECTOR,
             )  # fmt: skip
             tl.store(source + token.to(tl.int64) * stride, score, mask=there)
             key = token_key(score, token, start, end, sinks, recents)
@@ -143,16 +145,24 @@ def emit_stretch(
             before += tl.sum(taken, 0)
 
 
-@triton.jit(do_not_specialize=["logits_width"], do_not_specialize_on_alignment=ROW_ARGUMENTS)
+@triton.jit(
+    do_not_specialize=["logits_width", "splits"], do_not_specialize_on_alignment=ROW_ARGUMENTS
+)
 def select_kernel(
-    scores, distances, origins, lse, seq_lens, starts,
+    scores, distances, origins, part_out, part_lse, row_cuts, out, lse, seq_lens, starts,
     histograms, octaves, arrived, listed, candidates, above, found, positions, counts,
-    sets, logits_width, score_row, score_set, score_token, budget, sinks, recents, log2e,
+    sets, logits_width, score_row, score_set, score_token, budget, sinks, recents, splits,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    CUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    MERGERS: tl.constexpr,
+    MERGED: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
     PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -162,15 +172,25 @@ def select_kernel(
     FINE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(programs, B * R)``; the phases from ``FIRST`` to ``LAST``.
+    """Grid ``(MERGERS + programs, B * R)``; the phases from ``FIRST`` to ``LAST``.
 
-    ``HEADS``: query heads of a set, whose kept logits are scored; 0: ``scores`` are there.
+    ``HEADS``: query heads of a set, whose kept logits are scored; 0: ``scores`` are there. What
+    attention found of a head may be in parts (`_merge`): the first ``MERGERS`` programs of a set merge
+    these, ``MERGED`` heads each, and the others do not wait for them.
     ``found [B * R, 2]``: the last bin, and how many to take of it.
     """
     wait_for_predecessor(OVERLAP)
-    program, index = tl.program_id(0), tl.program_id(1)
-    programs = tl.num_programs(0)
+    program, index = tl.program_id(0) - MERGERS, tl.program_id(1)
+    programs = tl.num_programs(0) - MERGERS
     row = index // sets
+    if MERGERS > 0:  # noqa: SIM102
+        if program < 0:
+            head = (program + MERGERS) * MERGED + tl.arange(0, MERGED)
+            merge_heads(
+                part_out, part_lse, row_cuts, out, lse, index.to(tl.int64) * HEADS + head, head < HEADS,
+                splits, sets * HEADS, CUT, MERGED, PARTS, D, DP,
+            )  # fmt: skip
+            return
     end = tl.load(seq_lens + row)
     start = tl.load(starts + row) if PADDED else 0
     stretch = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), CHUNK), programs) * CHUNK
@@ -188,9 +208,9 @@ def select_kernel(
         if program == 0:
             tl.store(listed + index, 0)
         count_stretch(
-            source, score_token, distances, origins, lse, histogram, octave, index,
-            first, last, start, end, sinks, recents, wanted, logits_width, log2e,
-            HEADS, ROWS, SOFTMAX, FINE, CHUNK, VECTOR,
+            source, score_token, distances, origins, part_lse, row_cuts, lse, histogram, octave,
+            index, first, last, start, end, sinks, recents, wanted, logits_width, splits, sets * HEADS,
+            HEADS, ROWS, SOFTMAX, CUT, PARTS, FINE, CHUNK, VECTOR,
         )  # fmt: skip
     if FIRST == 1 and LAST > 1:
         wait_for_all(arrived + index, programs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import triton
@@ -17,9 +18,9 @@ import triton.language as tl
 
 from tidaldecode.kernels.triton._cuts import Cuts
 from tidaldecode.kernels.triton._device import heads_at_once
+from tidaldecode.kernels.triton._merge import LN2, merge_heads
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
 
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E = 1.4426950408889634
 
 _MERGED_SPLITS = 32
@@ -76,55 +77,16 @@ def _merge_kernel(
     DP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(ceil(numbers / HEADS),)``: a program merges the splits of ``HEADS`` heads of queries.
-
-    ``CUT``: each row has those that ``row_cuts [B, 2]`` says, and ``splits`` counts those of all rows.
-    """
+    """Grid ``(ceil(numbers / HEADS),)``: a program merges the splits of ``HEADS`` heads of queries."""
     wait_for_predecessor(OVERLAP)
     head = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS)
-    known = head < numbers
-    if CUT:
-        row = head // row_heads
-        begin = (head - row * row_heads) * splits + tl.load(row_cuts + row * 2, mask=known, other=0)
-        count = tl.load(row_cuts + row * 2 + 1, mask=known, other=0)
-        # What one program did alone is no part: the result is there. Rows of no parts are empty.
-        known = known & (count != 1)
-        most = tl.max(tl.where(known, count, 0), 0)
-    else:
-        begin = head * splits
-        count = tl.full([HEADS], 0, tl.int32) + splits
-        most = splits
-    channel = tl.arange(0, DP)
-    peak = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, DP], tl.float32)
-    for first in range(0, most, AT_ONCE):
-        split = first + tl.arange(0, AT_ONCE)
-        slot = begin[:, None] + split[None, :]
-        wanted = known[:, None] & (split[None, :] < count[:, None])
-        part = tl.load(part_lse + slot, mask=wanted, other=float("-inf"))
-        # Loaded before it is known which parts found something, so as not to wait for that.
-        values = tl.load(
-            part_out + slot[:, :, None] * D + channel[None, None, :],
-            mask=wanted[:, :, None] & (channel < D)[None, None, :],
-            other=0.0,
-        )
-        values = tl.where((part > float("-inf"))[:, :, None], values, 0.0)
-        new_peak = tl.maximum(peak, tl.max(part, 1))
-        safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(part - safe_peak[:, None])
-        old = tl.exp2(peak - safe_peak)
-        acc = acc * old[:, None] + tl.sum(values * weight[:, :, None], 1)
-        total = total * old + tl.sum(weight, 1)
-        peak = new_peak
-    full = total > 0
-    safe = tl.where(full, total, 1.0)
-    tl.store(
-        out + head[:, None] * D + channel[None, :],
-        (acc / safe[:, None]).to(out.dtype.element_ty),
-        mask=known[:, None] & (channel < D)[None, :],
-    )
-    tl.store(lse + head, tl.where(full, (peak + tl.log2(safe)) * LN2, float("-inf")), mask=known)
+    merge_heads(
+        part_out, part_lse, row_cuts, out, lse, head, head < numbers, splits, row_heads,
+        CUT, HEADS, AT_ONCE, D, DP,
+    )  # fmt: skip
+
+
+Pieces: TypeAlias = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -162,23 +124,89 @@ class SplitOutputs:
 
     def merge(self) -> None:
         """Merge the parts, if there are any."""
-        if self.cuts.most == 1:
+        parts = self.parts_at_once
+        if parts == 0 or len(self.lse) == 0:
             return
-        head_dim, numbers = self.out.shape[-1], self.lse.numel()
-        padded_dim = triton.next_power_of_2(head_dim)
-        share = self.cuts.share
-        splits = self.cuts.most if share is None else min(self.cuts.most, share)
-        at_once = min(_MERGED_SPLITS, triton.next_power_of_2(splits))
-        heads = heads_at_once(numbers, at_once * padded_dim, _MERGED, self.out.device)
+        numbers, padded_dim = self.lse.numel(), triton.next_power_of_2(self.out.shape[-1])
+        heads = heads_at_once(numbers, parts * padded_dim, _MERGED, self.out.device)
         _merge_kernel[(triton.cdiv(numbers, heads),)](
-            self.part_out, self.part_lse, self.row_cuts, self.out, self.lse,
-            splits if share is None else self.cuts.items,
-            numbers, numbers // len(self.lse),
-            CUT=share is not None,
+            *self.pieces, self.splits, numbers, numbers // len(self.lse),
+            CUT=self.row_cuts is not None,
             HEADS=heads,
-            AT_ONCE=at_once,
-            D=head_dim,
+            AT_ONCE=parts,
+            D=self.out.shape[-1],
             DP=padded_dim,
             num_warps=4,
             **overlap(self.out.device),
         )  # fmt: skip
+
+    @property
+    def pieces(self) -> Pieces:
+        """Parts and results in the order in which `merge_heads` takes them."""
+        return self.part_out, self.part_lse, self.row_cuts, self.out, self.lse
+
+    @property
+    def splits(self) -> int:
+        """Parts of a head, over all rows where these differ: how many `merge_heads` is to expect."""
+        return self.cuts.most if self.cuts.share is None else self.cuts.items
+
+    @property
+    def parts_at_once(self) -> int:
+        """Parts of a head that are merged at once, a power of two; 0: a head is never in parts."""
+        if self.cuts.most == 1:
+            return 0
+        share = self.cuts.share
+        most = self.cuts.most if share is None else min(self.cuts.most, share)
+        power: int = triton.next_power_of_2(most)
+        return min(_MERGED_SPLITS, power)
+
+
+@dataclass(frozen=True)
+class Mergers:
+    """Programs that merge parts beside those of the kernel that comes next: a launch less."""
+
+    results: SplitOutputs | None
+    """None: there was no attention before."""
+    programs: int
+    """For the heads of one set; 0 if no head is in parts."""
+    heads: int
+    """Of a program, a power of two."""
+
+    @classmethod
+    def of(cls, results: SplitOutputs | None, heads: int) -> Mergers:
+        """For the ``heads`` heads of every set."""
+        if results is None or results.parts_at_once == 0:
+            return cls(results, 0, 1)
+        merged = triton.next_power_of_2(triton.cdiv(heads, _MOST_MERGERS))
+        return cls(results, triton.cdiv(heads, merged), merged)
+
+    @property
+    def pieces(self) -> Pieces:
+        """As `SplitOutputs.pieces`."""
+        return (None,) * 5 if self.results is None else self.results.pieces
+
+    @property
+    def splits(self) -> int:
+        """As `SplitOutputs.splits`."""
+        return 0 if self.results is None else self.results.splits
+
+    def constants(self, warps: int) -> dict[str, int | bool]:
+        """What a kernel whose programs have ``warps`` warps is to be compiled with."""
+        if self.results is None:
+            return {"CUT": False, "PARTS": 0, "MERGED": 1, "D": 1, "DP": 1}
+        head_dim = self.results.out.shape[-1]
+        padded_dim = triton.next_power_of_2(head_dim)
+        room = max(1, warps * _MERGED_A_WARP // (self.heads * padded_dim))
+        return {
+            "CUT": self.results.row_cuts is not None,
+            "PARTS": min(self.results.parts_at_once, room),
+            "MERGED": self.heads,
+            "D": head_dim,
+            "DP": padded_dim,
+        }
+
+
+_MOST_MERGERS = 8
+"""Programs of a set that merge beside others: they have time, and take the others' place."""
+_MERGED_A_WARP = 1024
+"""Numbers of partial outputs that each of their warps holds at a time."""

@@ -125,9 +125,6 @@ def _dense_kernel(
         row, part, parts, first_item = item // most, item % most, most, item // most * most
     end = tl.load(seq_lens + row)
     start = tl.load(starts + row) if PADDED else 0
-    stretch = tl.cdiv(tl.cdiv(end - start, BLOCK), parts) * BLOCK
-    lowest = start + part * stretch
-    highest = tl.minimum(lowest + stretch, end)
     kept = lane < QUERIES * GROUP
     if QUERIES == 1:
         heads = head * GROUP + lane
@@ -141,28 +138,33 @@ def _dense_kernel(
         q_offsets = row.to(tl.int64) * q_row + (later * q_query + heads * q_head)[:, None]
         # A query sees no token that came after its own.
         limit = end - QUERIES + 1 + later
+    channel = tl.arange(0, DP)
+    query = tl.load(
+        q + q_offsets + channel[None, :] * q_channel,
+        mask=kept[:, None] & (channel < D)[None, :],
+        other=0.0,
+    )
+    origin = tl.zeros([ROWS], tl.float32)
+    if KEEP_LOGITS:
+        token = start + tl.arange(0, 1)
+        # Where the address alone is enough, it does not wait for the length; empty rows do not use it.
+        there = token < end if PADDED or PAGED else token < logits_width
+        at = token_offsets(
+            token, row, head, there, block_table, table_stride, block_size,
+            k_row, k_head, k_token, PAGED,
+        )  # fmt: skip
+        inside = there[:, None] & (channel < D)[None, :]
+        key = tl.load(k + at[:, None] + channel[None, :] * k_channel, mask=inside, other=0.0)
+        origin = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+    stretch = tl.cdiv(tl.cdiv(end - start, BLOCK), parts) * BLOCK
+    lowest = start + part * stretch
+    highest = tl.minimum(lowest + stretch, end)
     of_row = number - row * QUERIES * kv_heads * GROUP
     slot = of_row.to(tl.int64) * tl.num_programs(1) + first_item + part
     if SPLIT & (parts > 1) & (lowest >= highest):
         store_nothing(slot, kept, part_lse, ROWS)
     else:
-        channel = tl.arange(0, DP)
-        query = tl.load(
-            q + q_offsets + channel[None, :] * q_channel,
-            mask=kept[:, None] & (channel < D)[None, :],
-            other=0.0,
-        )
-        origin = tl.zeros([ROWS], tl.float32)
-        if KEEP_LOGITS:
-            token = start + tl.arange(0, 1)
-            there = token < end
-            at = token_offsets(
-                token, row, head, there, block_table, table_stride, block_size,
-                k_row, k_head, k_token, PAGED,
-            )  # fmt: skip
-            inside = there[:, None] & (channel < D)[None, :]
-            key = tl.load(k + at[:, None] + channel[None, :] * k_channel, mask=inside, other=0.0)
-            origin = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+        if KEEP_LOGITS:  # noqa: SIM102
             if part == 0:
                 tl.store(origins + number, origin, mask=kept)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -208,15 +210,17 @@ def dense_decode(
     sets: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Twin of `tidaldecode.kernels.dense_decode`; scores ``[B, sets, W]``, W the cache's capacity."""
-    out, lse, logits = attend(
+    results, logits = attend(
         q, k, v, seq_lens,
         scale=scale, starts=starts, block_table=block_table,
         keep_logits=scores is not None,
     )  # fmt: skip
+    results.merge()
     if logits is None:
-        return out, lse, None
+        return results.out, results.lse, None
     softmax = scores != "query_head_logits"
-    return out, lse, score_tokens(logits, lse, seq_lens, sets=sets, softmax=softmax, starts=starts)
+    scored = score_tokens(logits, results.lse, seq_lens, sets=sets, softmax=softmax, starts=starts)
+    return results.out, results.lse, scored
 
 
 def attend(
@@ -229,8 +233,8 @@ def attend(
     starts: torch.Tensor | None,
     block_table: torch.Tensor | None,
     keep_logits: bool,
-) -> tuple[torch.Tensor, torch.Tensor, KeptLogits | None]:
-    """``out [B, Hq, D]``, ``lse [B, Hq]`` and, if kept, logits.
+) -> tuple[SplitOutputs, KeptLogits | None]:
+    """``out [B, Hq, D]`` and ``lse [B, Hq]``, whose parts are still to be merged, and logits, if kept.
 
     With ``q [B, T, Hq, D]``, ``out [B, T, Hq, D]`` and ``lse [B, T, Hq]``; no logits are kept then.
     """
@@ -252,7 +256,7 @@ def attend(
     launch = overlap(q.device) if programs == 1 else {"OVERLAP": False}
     logits = KeptLogits.make(q, capacity) if keep_logits else None
     if batch == 0:
-        return results.out, results.lse, logits
+        return results, logits
     _dense_kernel[(kv_heads * tiles, cuts.items)](
         q, k, v, seq_lens, starts, block_table, results.out, results.lse,
         None if logits is None else logits.distances,
@@ -286,8 +290,7 @@ def attend(
         num_stages=fitting_stages(stages, 2 * block * padded_dim * k.element_size(), k.device),
         **launch,
     )  # fmt: skip
-    results.merge()
-    return results.out, results.lse, logits
+    return results, logits
 
 
 def _tile_rows(queries: int, group: int, padded_dim: int, element_size: int) -> int:

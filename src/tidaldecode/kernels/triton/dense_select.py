@@ -28,15 +28,14 @@ def dense_select(
     scratch: Scratch,
 ) -> tuple[torch.Tensor, torch.Tensor, Selection]:
     """Twin of `tidaldecode.kernels.dense_select`."""
-    out, lse, logits = attend(
+    results, logits = attend(
         q, k, v, seq_lens, scale=scale, starts=starts, block_table=block_table, keep_logits=True
     )
     assert logits is not None
     selection = select_tokens(
         empty_scores(len(q), sets, logits.distances.shape[2], q.device),
         seq_lens,
-        logits=logits,
-        lse=lse,
+        attended=(results, logits),
         softmax=softmax,
         budget=budget,
         sink_tokens=sink_tokens,
@@ -44,4 +43,4 @@ def dense_select(
         starts=starts,
         scratch=scratch,
     )
-    return out, lse, selection
+    return results.out, results.lse, selection

@@ -15,7 +15,6 @@ from tidaldecode.kernels.triton._logits import (
     tokens_a_thread,
 )
 from tidaldecode.kernels.triton._overlap import overlap, wait_for_predecessor
-from tidaldecode.kernels.triton._splitk import LOG2E
 
 TOKENS = 256
 """Tokens of one program."""
@@ -24,7 +23,7 @@ _WARPS = 4
 
 @triton.jit(do_not_specialize=["logits_width"], do_not_specialize_on_alignment=ROW_ARGUMENTS)
 def _score_kernel(
-    distances, origins, lse, seq_lens, starts, scores, sets, width, logits_width, log2e,
+    distances, origins, lse, seq_lens, starts, scores, sets, width, logits_width,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     SOFTMAX: tl.constexpr,
@@ -48,8 +47,8 @@ def _score_kernel(
     score = tl.full([TOKENS], float("-inf"), tl.float32)
     if first < count:
         found = summed_scores(
-            distances, origins, lse, index, first, count, logits_width, log2e,
-            HEADS, ROWS, SOFTMAX, TOKENS, VECTOR,
+            distances, origins, None, None, lse, index, first, count, logits_width, 0, 0,
+            HEADS, ROWS, SOFTMAX, False, 0, TOKENS, VECTOR,
         )  # fmt: skip
         score = tl.where(number < count, found, score)
     tl.store(target, score, mask=number < width)
@@ -78,7 +77,7 @@ def score_tokens(
     heads = query_heads // sets
     _score_kernel[(max(1, triton.cdiv(width, TOKENS)), batch * sets)](
         logits.distances, logits.origins, lse, seq_lens, starts, scores,
-        sets, width, logits.distances.stride(1), LOG2E,
+        sets, width, logits.distances.stride(1),
         HEADS=heads,
         ROWS=min(HEADS_AT_ONCE, triton.next_power_of_2(heads)),
         SOFTMAX=softmax,

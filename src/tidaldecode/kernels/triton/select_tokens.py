@@ -27,7 +27,7 @@ from tidaldecode.kernels.triton._logits import HEADS_AT_ONCE, KeptLogits, tokens
 from tidaldecode.kernels.triton._overlap import overlap
 from tidaldecode.kernels.triton._radix import OCTAVES, POSITION_BITS
 from tidaldecode.kernels.triton._selection import select_kernel
-from tidaldecode.kernels.triton._splitk import LOG2E
+from tidaldecode.kernels.triton._splitk import Mergers, SplitOutputs
 
 _LISTED = CANDIDATES
 """Candidates of a set that are listed; if there are more, the scores are read again."""
@@ -99,21 +99,23 @@ def select_tokens(
     recent_tokens: int,
     starts: torch.Tensor | None,
     scratch: Scratch,
-    logits: KeptLogits | None = None,
-    lse: torch.Tensor | None = None,
+    attended: tuple[SplitOutputs, KeptLogits] | None = None,
     softmax: bool = True,
 ) -> Selection:
     """Twin of `tidaldecode.kernels.select_tokens`.
 
-    With ``logits`` and ``lse [B, Hq]`` of `attend`, ``scores`` are written first, as `score_tokens`
-    makes them, and counted on the way.
+    With what `attend` returns, ``scores`` are written first, as `score_tokens` makes them, and counted
+    on the way; the attention's parts are merged beside it.
     """
     batch, sets, width = scores.shape
     if width > 1 << POSITION_BITS.value:
         raise TidalError(
             f"scores: expected at most {1 << POSITION_BITS.value:,} tokens, got {width:,}"
         )
-    launches = _launches(width, batch * sets, scores.device)
+    results, logits = attended or (None, None)
+    heads = 0 if logits is None else logits.distances.shape[1] // sets
+    mergers = Mergers.of(results, heads)
+    launches = _launches(width, batch * sets, scores.device, mergers.programs)
     fine = bin_bits(batch * sets)
     buffers = _Buffers.make(
         batch * sets, launches[-1].programs, fine, budget, scratch, scores.device
@@ -123,27 +125,29 @@ def select_tokens(
     )
     if batch == 0:
         return selection
-    heads = 0 if logits is None else logits.distances.shape[1] // sets
     for launch in launches:
         options = overlap(scores.device)
         if launch.first < launch.last:
             options = {**options, "launch_cooperative_grid": True}
-        select_kernel[(launch.programs, batch * sets)](
+        merging = mergers.programs if launch.first == 1 else 0
+        select_kernel[(merging + launch.programs, batch * sets)](
             scores,
             None if logits is None else logits.distances,
             None if logits is None else logits.origins,
-            lse, seq_lens, starts,
+            *mergers.pieces, seq_lens, starts,
             buffers.histograms, buffers.octaves, buffers.arrived, buffers.listed,
             buffers.candidates, buffers.above, buffers.found, buffers.positions, buffers.counts,
             sets,
             0 if logits is None else logits.distances.stride(1),
             *scores.stride(),
-            budget, sink_tokens, recent_tokens, LOG2E,
+            budget, sink_tokens, recent_tokens, mergers.splits,
             FIRST=launch.first,
             LAST=launch.last,
             HEADS=heads,
             ROWS=min(HEADS_AT_ONCE, triton.next_power_of_2(max(heads, 1))),
             SOFTMAX=softmax,
+            MERGERS=merging,
+            **mergers.constants(launch.warps),
             PADDED=starts is not None,
             CHUNK=launch.chunk,
             VECTOR=tokens_a_thread(launch.chunk, launch.warps),
@@ -169,16 +173,19 @@ class _Launch:
     warps: int
 
 
-def _launches(width: int, sets: int, device: torch.device) -> list[_Launch]:
-    """How the phases of ``sets`` sets of up to ``width`` tokens are launched; measured on an H200."""
-    if device.type == "cuda" and sets <= _SETS_AT_ONCE:
-        most = processors(device) // max(sets, 1)
+def _launches(width: int, sets: int, device: torch.device, mergers: int = 0) -> list[_Launch]:
+    """How the phases of ``sets`` sets of up to ``width`` tokens are launched; measured on an H200.
+
+    ``mergers`` more programs of every set run beside those of the first phase.
+    """
+    most = processors(device) // max(sets, 1) - mergers
+    if device.type == "cuda" and sets <= _SETS_AT_ONCE and most > 0:
         chunk = SHORT_CHUNK if _chunks(width, SHORT_CHUNK) <= most else CHUNK
         programs = min(most, _chunks(width, chunk))
         return [_Launch(1, 3, programs, chunk, _WARPS)]
-    warps, tokens = (4, SHORT_STRETCH) if sets <= _FEW_SETS else (2, STRETCH)
+    tokens = SHORT_STRETCH if sets <= _FEW_SETS else STRETCH
     return [
-        _Launch(1, 1, _chunks(width, COUNTED), COUNTED, warps),
+        _Launch(1, 1, _chunks(width, COUNTED), COUNTED, 2),
         _Launch(2, 2, _chunks(width, tokens), tokens, 16),
         _Launch(3, 3, _chunks(width, tokens), tokens, 16),
     ]
