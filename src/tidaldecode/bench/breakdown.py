@@ -6,6 +6,7 @@ its own time. Here a kernel has what passes from the end of the one before it to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ PARTS = (REST, DENSE, SELECTION, SPARSE, GAPS)
 _KERNELS = {
     "_dense_kernel": DENSE,
     "_score_kernel": SELECTION,
-    "select_kernel": SELECTION,
+    "select_kernel": SELECTION,  # with the merge of its attention's parts
     "_sparse_kernel": SPARSE,
 }
 _MERGE = "_merge_kernel"
@@ -37,9 +38,12 @@ def is_profiled(device: torch.device) -> bool:
 def step_parts(step: DecodeStep, milliseconds: float) -> dict[str, float]:
     """Milliseconds of every part of a step that takes ``milliseconds`` unwatched."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        step.run()
-        torch.cuda.synchronize(step.tokens.device)
+    with warnings.catch_warnings():
+        # Of cycles, of which there is one.
+        warnings.filterwarnings("ignore", message=".*Profiler clears events")
+        with torch.profiler.profile(activities=activities) as profiler:
+            step.run()
+            torch.cuda.synchronize(step.tokens.device)
     # What the host does is among the events too.
     kernels = (e for e in profiler.events() if e.device_type.name == "CUDA")
     parts = sort_kernels(
