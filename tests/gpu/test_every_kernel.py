@@ -28,17 +28,19 @@ pytestmark = [
 BATCH, KV_HEADS, GROUP, HEAD_DIM, TOKENS, BUDGET = 3, 2, 4, 64, 3000, 200
 
 
-@pytest.fixture(params=["contiguous", "paged 16"])
+@pytest.fixture(params=["contiguous", "paged 16", "contiguous, not padded"])
 def inputs(request):
     """Left-padded rows of different lengths, one of them empty, with poison around them."""
+    layout, *unpadded = request.param.split(", ")
     k, v = (torch.randn(BATCH, KV_HEADS, TOKENS, HEAD_DIM) for _ in range(2))
     q = torch.randn(BATCH, KV_HEADS * GROUP, HEAD_DIM)
-    seq_lens = torch.tensor([TOKENS, 1700, 5], dtype=torch.int32)
-    starts = torch.tensor([0, 40, 5], dtype=torch.int32)
-    case = Case(q, k, v, seq_lens, starts, HEAD_DIM**-0.5, request.param)
-    cache = lay_out(k.half(), v.half(), request.param, float("nan"), case.valid)
+    ends, begins = ([TOKENS, 1700, 0], None) if unpadded else ([TOKENS, 1700, 5], [0, 40, 5])
+    seq_lens = torch.tensor(ends, dtype=torch.int32)
+    starts = None if begins is None else torch.tensor(begins, dtype=torch.int32)
+    case = Case(q, k, v, seq_lens, starts, HEAD_DIM**-0.5, layout)
+    cache = lay_out(k.half(), v.half(), layout, float("nan"), case.valid)
     moved = {name: None if value is None else value.cuda() for name, value in cache.items()}
-    rows = {"seq_lens": seq_lens.cuda(), "starts": starts.cuda()}
+    rows = {"seq_lens": seq_lens.cuda(), "starts": None if starts is None else starts.cuda()}
     return {"q": q.cuda().half(), "scale": case.scale, **moved}, rows
 
 
