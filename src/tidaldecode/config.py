@@ -21,7 +21,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "score": ("softmax", "logits"),
     "selector": ("attention", "page_bounds"),
     "mode": ("sparse", "lossless"),
-    "backend": ("auto", "torch", "triton"),
+    "backend": ("auto", "torch", "numba", "triton"),
     "cuda_graph": ("auto", "compiled", False),
     "draft_selection": ("round", "token"),
 }
@@ -57,7 +57,7 @@ class TidalConfig:
     """First tokens of a sequence that are always selected."""
     recent_tokens: int = 15
     """Tokens just before the newest one that are always selected; the newest one is, in any case."""
-    backend: Literal["auto", "torch", "triton"] = "auto"
+    backend: Literal["auto", "torch", "numba", "triton"] = "auto"
     """Kernels to run."""
     mode: Literal["sparse", "lossless"] = "sparse"
     """Sparse attention's output, or full attention's own: sparse drafts, verified densely."""

@@ -19,6 +19,8 @@ from tidaldecode.errors import TidalError
 from tidaldecode.processor import processor_name
 
 _PACKAGES = ("tidaldecode", "torch", "transformers", "safetensors")
+_KERNEL_PACKAGES = ("numba", "triton")
+"""What kernels are compiled with, where it is installed."""
 
 
 def run_record(**details: Any) -> dict[str, Any]:
@@ -34,7 +36,10 @@ def run_record(**details: Any) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: package_version(name) for name in _PACKAGES},
+        "versions": {
+            **{name: package_version(name) for name in _PACKAGES},
+            **{name: found for name in _KERNEL_PACKAGES if (found := package_version(name))},
+        },
         "device": device,
         **details,
     }

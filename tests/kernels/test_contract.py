@@ -159,7 +159,7 @@ def any_kernel(request):
 
 @pytest.mark.parametrize("backend", ["cuda", "", "Torch"])
 def test_an_unknown_backend_is_refused_wherever_it_is_asked_for(any_kernel, backend, monkeypatch):
-    expected = f"expected one of auto, torch, triton, got '{backend}'"
+    expected = f"expected one of auto, torch, numba, triton, got '{backend}'"
     with pytest.raises(TidalError, match=f"^backend: {expected}"):
         any_kernel(**arguments(), backend=backend)
     monkeypatch.setenv("TIDALDECODE_BACKEND", backend)

@@ -29,6 +29,7 @@ def run(case, fused: bool, **changes):
         patch.setattr(MODULE.torch, "get_num_threads", lambda: 1)
         patch.setattr(MODULE, "scaled_dot_product_attention", watched)
         options = {"seq_lens": case.seq_lens, "starts": case.starts, "scale": case.scale}
+        options["backend"] = "torch"
         out = dense_output(case.q, **case.cache(), **{**options, **changes})
     return out, bool(calls)
 

@@ -152,7 +152,7 @@ def test_the_cache_is_left_as_it_was():
     [
         ({"page_tokens": 0}, r"^page_tokens: expected a number from 1 up, got 0"),
         ({"page_tokens": -4}, r"^page_tokens: expected a number from 1 up, got -4"),
-        ({"backend": "cuda"}, r"^backend: expected one of auto, torch, triton, got 'cuda'"),
+        ({"backend": "cuda"}, r"^backend: expected one of auto, torch, numba, triton, got 'cuda'"),
         ({"backend": "triton"}, r"^backend: .*Triton"),
         ({"v": torch.zeros(2, 2, 24, 8)}, r"^v: expected shape \[2, 2, 24, 16\]"),
         (

@@ -138,7 +138,7 @@ def test_a_selection_moves_between_devices_only_where_it_must():
         ({"sink_tokens": 4, "recent_tokens": 3, "budget": 7}, "^budget: .* = 8 tokens, got 7"),
         ({"sink_tokens": -1, "budget": 4}, "^budget: "),
         ({"recent_tokens": -1, "budget": 4}, "^budget: "),
-        ({"backend": "cuda"}, "^backend: expected one of auto, torch, triton, got 'cuda'"),
+        ({"backend": "cuda"}, "^backend: expected one of auto, torch, numba, triton, got 'cuda'"),
         ({"backend": "triton"}, "^backend: the Triton kernels expect tensors on a GPU, got cpu"),
     ],
 )

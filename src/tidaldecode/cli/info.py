@@ -74,14 +74,17 @@ def _machine() -> Table:
     table = Table(show_header=False, box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name in ("tidaldecode", "torch", "transformers", "triton", "vllm"):
+    for name in ("tidaldecode", "torch", "transformers", "numba", "triton", "vllm"):
         table.add_row(name, package_version(name) or "not installed")
     table.add_row("python", platform.python_version())
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *devices]))
     device = torch.device("cuda" if devices else "cpu")
     chosen = os.environ.get(ENVIRONMENT_VARIABLE, "unset")
-    table.add_row("backend", f"{resolve_backend('auto', device)} ({ENVIRONMENT_VARIABLE} {chosen})")
+    table.add_row(
+        "backend",
+        f"{resolve_backend('auto', device, in_rows=True)} ({ENVIRONMENT_VARIABLE} {chosen})",
+    )
     return table
 
 

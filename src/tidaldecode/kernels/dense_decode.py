@@ -71,10 +71,15 @@ def dense_decode(
         )
     sets = 0 if scores is None else check_score_kind(scores, kv_heads, query_heads)
     group = query_heads // kv_heads
-    if (
-        resolve_backend(backend, q.device, dtype=q.dtype, head_dim=head_dim, group=group)
-        == "triton"
-    ):
+    chosen = resolve_backend(
+        backend,
+        q.device,
+        dtype=q.dtype,
+        head_dim=head_dim,
+        group=group,
+        in_rows=block_table is None and q.dim() == 3 and k.stride(-1) == v.stride(-1) == 1,
+    )
+    if chosen == "triton":
         from tidaldecode.kernels.triton import dense_decode as twin
 
         return twin.dense_decode(
@@ -105,24 +110,20 @@ def dense_decode(
     for row, (start, end) in enumerate(ranges):
         if start == end:
             continue
-        row_out, row_lse, scored = _dense_row(
-            grouped[row],
-            k,
-            v,
-            block_table,
-            row,
-            start,
-            end,
-            keep=scores,
-            limits=None if queries == 1 else end - queries + 1 + later,
-        )
+        if chosen == "numba":
+            from tidaldecode.kernels.numba import rows
+
+            found = rows.dense_row(grouped[row], k[row], v[row], start, end, keep=scores, sets=sets)
+        else:
+            limits = None if queries == 1 else end - queries + 1 + later
+            found = _dense_row(
+                grouped[row], k, v, block_table, row, start, end, keep=scores, limits=limits
+            )
+        row_out, row_lse, row_scores = found
         out[row] = row_out.view(by_query).transpose(0, 1).flatten(1, 2)
         lse[row] = row_lse.view(by_query[:3]).transpose(0, 1).flatten(1, 2)
-        if token_scores is not None:
-            for first, chunk, chunk_lse in scored:
-                token_scores[row, :, first : first + chunk.shape[2]] = _score_chunk(
-                    chunk, chunk_lse - row_lse, scores
-                )
+        if token_scores is not None and row_scores is not None:
+            token_scores[row, :, start:end] = row_scores
     return out.view(q.shape).to(q.dtype), lse.view(q.shape[:-1]), token_scores
 
 
@@ -137,12 +138,10 @@ def _dense_row(
     *,
     keep: ScoreKind | None,
     limits: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor]]]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Attention of one row. ``q [Hkv, G, D]`` fp32, scaled; ``limits [G]``: where what they see ends.
 
-    Returns ``out [Hkv, G, D]``, ``lse [Hkv, G]`` and, with ``keep``, for every chunk its first
-    position, what its scores are made of (the chunk's own softmax, or logits if those are the scores)
-    ``[Hkv, G, C]`` and its log-sum-exp ``[Hkv, G]``.
+    Returns ``out [Hkv, G, D]``, ``lse [Hkv, G]`` and, with ``keep``, scores ``[R, end - start]``.
     """
     kv_heads, group, _ = q.shape
     length = end - start
@@ -188,13 +187,15 @@ def _dense_row(
         peaks.append(peak)
         totals.append(total)
         if keep is not None:
-            scored.append((first, kept, peak + total.log()))
+            scored.append((kept, peak + total.log()))
     highest = torch.stack(peaks).amax(0)
     shares = (torch.stack(peaks) - highest).exp() * torch.stack(totals)
     whole = shares.sum(0)
     out = (torch.stack(outs) * shares[..., None]).sum(0)
     seen = whole if limits is None else torch.where(whole > 0, whole, 1.0)
-    return out / seen[..., None], highest + whole.log(), scored
+    lse = highest + whole.log()
+    scores = [_score_chunk(kept, chunk_lse - lse, keep) for kept, chunk_lse in scored]
+    return out / seen[..., None], lse, torch.cat(scores, 1) if scores else None
 
 
 def _cut(buffer: torch.Tensor, offset: int, shape: tuple[int, int, int]) -> torch.Tensor:

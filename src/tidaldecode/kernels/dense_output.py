@@ -33,8 +33,15 @@ def dense_output(
     kv_heads = check_attention_inputs(q, k, v, block_table)
     batch, query_heads, head_dim = q.shape
     group = query_heads // kv_heads
-    chosen = resolve_backend(backend, q.device, dtype=q.dtype, head_dim=head_dim, group=group)
-    if chosen == "triton" or not _fused_is_faster(q, k, v, kv_heads):
+    chosen = resolve_backend(
+        backend,
+        q.device,
+        dtype=q.dtype,
+        head_dim=head_dim,
+        group=group,
+        in_rows=block_table is None and k.stride(-1) == v.stride(-1) == 1,
+    )
+    if chosen != "torch" or not _fused_is_faster(q, k, v, kv_heads):
         out, _, _ = dense_decode(
             q,
             k,

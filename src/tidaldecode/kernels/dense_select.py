@@ -77,7 +77,7 @@ def dense_select(
         starts=starts,
         block_table=block_table,
         scores=scores,
-        backend="torch",
+        backend=backend,
     )
     assert token_scores is not None
     return (
@@ -90,6 +90,6 @@ def dense_select(
             sink_tokens=sink_tokens,
             recent_tokens=recent_tokens,
             starts=starts,
-            backend="torch",
+            backend=backend,
         ),
     )

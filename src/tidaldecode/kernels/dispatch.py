@@ -13,7 +13,7 @@ import torch
 
 from tidaldecode.errors import TidalError
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "numba", "triton")
 ENVIRONMENT_VARIABLE = "TIDALDECODE_BACKEND"
 _INTERPRET = "TRITON_INTERPRET"
 MAX_HEAD_DIM = 256
@@ -28,13 +28,20 @@ def resolve_backend(
     head_dim: int = 0,
     group: int = 1,
     twin: bool = True,
+    in_rows: bool | None = None,
 ) -> str:
-    """The backend to run on ``device``: ``"torch"`` or ``"triton"``.
+    """The backend to run on ``device``: ``"torch"``, ``"numba"`` or ``"triton"``.
 
     ``"auto"`` is Triton on a GPU that has it, for head dimensions and group sizes that its kernels
-    hold (256 and 64); PyTorch elsewhere, and for a kernel that has no ``twin`` in Triton.
+    hold (256 and 64); on a CPU that has Numba its loops, where they can run; PyTorch elsewhere, and for
+    a kernel that has no ``twin`` in Triton. Numba has twins of the attention kernels alone: where it is
+    asked for, all others are PyTorch's.
 
-    Errors: `TidalError` for an unknown name, and for ``"triton"`` where it cannot run.
+    Args:
+        in_rows: of an attention kernel: one query a row, whose keys and values are rows of adjacent
+            channels and not paged; None: another kernel.
+
+    Errors: `TidalError` for an unknown name, and for one that cannot run.
     """
     source = "backend"
     if requested == "auto":
@@ -42,7 +49,9 @@ def resolve_backend(
         source = ENVIRONMENT_VARIABLE
     if requested not in BACKENDS:
         raise TidalError(f"{source}: expected one of {', '.join(BACKENDS)}, got {requested!r}")
-    if requested == "torch" or (requested == "auto" and device.type != "cuda"):
+    if requested == "numba" or (requested == "auto" and device.type != "cuda"):
+        return _numba_or_torch(requested == "numba", source, device, dtype, in_rows)
+    if requested == "torch":
         return "torch"
     obstacle = (
         _triton_obstacle(device, dtype, head_dim, group)
@@ -52,6 +61,39 @@ def resolve_backend(
     if requested == "triton" and obstacle:
         raise TidalError(f"{source}: {obstacle}; use 'torch' or 'auto'")
     return "torch" if obstacle else "triton"
+
+
+def _numba_or_torch(
+    wanted: bool, source: str, device: torch.device, dtype: torch.dtype, in_rows: bool | None
+) -> str:
+    if in_rows is None:
+        return "torch"
+    obstacle = _numba_obstacle(device, dtype, in_rows)
+    if wanted and obstacle:
+        raise TidalError(f"{source}: {obstacle}; use 'torch' or 'auto'")
+    return "torch" if obstacle else "numba"
+
+
+def _numba_obstacle(device: torch.device, dtype: torch.dtype, in_rows: bool) -> str | None:
+    """Why Numba's loops cannot run, or None."""
+    if device.type != "cpu":
+        return f"Numba's loops expect tensors on a CPU, got {device}"
+    if dtype is not torch.float32:
+        return f"Numba's loops expect torch.float32, got {dtype}"
+    if not in_rows:
+        return "Numba's loops expect one query a row, and a cache of adjacent channels, not paged"
+    return _numba_missing()
+
+
+@functools.cache
+def _numba_missing() -> str | None:
+    if importlib.util.find_spec("numba") is None:
+        return "Numba's loops expect the numba package, which is not installed"
+    # Its other threads may not be used by several threads of a program.
+    layers = ("omppool", "tbbpool")
+    if not any(importlib.util.find_spec(f"numba.np.ufunc.{layer}") for layer in layers):
+        return "Numba's loops expect its OpenMP or TBB threads, which it does not have here"
+    return None
 
 
 def _triton_obstacle(

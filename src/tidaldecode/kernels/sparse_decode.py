@@ -67,10 +67,15 @@ def sparse_decode(
         if not out.is_contiguous():
             raise TidalError(f"out: expected a contiguous tensor, got strides {out.stride()}")
     group = query_heads // max(sets, kv_heads)
-    if (
-        resolve_backend(backend, q.device, dtype=q.dtype, head_dim=head_dim, group=group)
-        == "triton"
-    ):
+    resolved = resolve_backend(
+        backend,
+        q.device,
+        dtype=q.dtype,
+        head_dim=head_dim,
+        group=group,
+        in_rows=block_table is None and k.stride(-1) == v.stride(-1) == 1,
+    )
+    if resolved == "triton":
         from tidaldecode.kernels.triton import sparse_decode as twin
 
         return twin.sparse_decode(
@@ -108,7 +113,12 @@ def sparse_decode(
         padded = chosen < 0 if lowest < 0 else None
         if padded is not None:
             chosen = chosen.masked_fill(padded, highest)
-        row_out, row_lse = _sparse_row(grouped[row], k, v, block_table, row, chosen, padded)
+        if resolved == "numba":
+            from tidaldecode.kernels.numba import rows
+
+            row_out, row_lse = rows.sparse_row(grouped[row], k[row], v[row], chosen, padded)
+        else:
+            row_out, row_lse = _sparse_row(grouped[row], k, v, block_table, row, chosen, padded)
         found[row], lse[row] = row_out.flatten(0, 1), row_lse.flatten()
     return (found.to(q.dtype) if out is None else out.copy_(found)), lse
 
