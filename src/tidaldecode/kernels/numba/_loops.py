@@ -4,8 +4,8 @@ A processor's core asks for a page of memory only when it is there, so one that 
 waits at the end of every page. These loops read two streams of keys and four of values at a time.
 
 K and V are flat arrays, in which a token's ``D`` channels follow one another. Logits are in units of
-log 2. Parts of a head's tokens are attended to on their own: ``part_out [H * parts, G, D]`` and
-``part_lse [H * parts, G]``.
+log 2, log-sum-exps are not. Parts of a head's tokens are attended to on their own:
+``part_out [H * parts, G, D]`` and ``part_lse [H * parts, G]``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from numba import njit, prange
 
 BLOCK = 256
 """Tokens at a time: their logits, and the keys of several heads' groups, stay in the core's cache."""
-GROUPED = 4
+_GROUPED = 4
 """Query heads that share a pass over the keys; there are always a multiple of it, some of them zero."""
+_LOG2E, _LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 _LANES = 16
 _LOWEST = np.float32(-3.0e38)
 
@@ -164,18 +165,23 @@ def _copy(cache, at, count, channels, near):
 
 @njit(parallel=True, **_OPTIONS)
 def attend(
-    q, heads, k, v, k_head, k_token, v_head, v_token, sharers,
+    q, k, v, k_head, k_token, v_head, v_token, sharers,
     tokens, start, ends, parts, length, kept, part_out, part_lse,
 ):  # fmt: skip
-    """Attention of ``q [H, G', D]``, whose first ``heads`` of every G' are real, in units of log 2.
+    """Attention of ``q [H, G, D]``, scaled.
 
     To the tokens from ``start`` on, up to ``ends [1 or H]``, or, if ``tokens [1 or H, N]`` has columns,
     to those in these columns; ``length`` of them a part. ``sharers`` of H have one KV head. Logits go
     to ``kept [H, G, N]`` if it has columns. A part without tokens has the output 0 and -inf.
     """
-    sets, grouped, channels = q.shape
+    sets, heads, channels = q.shape
+    grouped = -(-heads // _GROUPED) * _GROUPED
     for item in prange(sets * parts):
         head, part = item // parts, item % parts
+        queries = np.zeros((grouped, channels), np.float32)
+        for g in range(heads):
+            for d in range(channels):
+                queries[g, d] = q[head, g, d] * _LOG2E
         logits = np.empty((grouped, BLOCK), np.float32)
         powers = np.empty((heads, BLOCK), np.float32)
         bits = np.empty(BLOCK, np.int32)
@@ -202,12 +208,12 @@ def attend(
                 _copy(k, k_at, count, channels, near_k)
                 _copy(v, v_at, count, channels, near_v)
                 _attend(
-                    q[head], heads, near_k, near_v, near, near, count,
+                    queries, heads, near_k, near_v, near, near, count,
                     logits, powers, bits, scales, peak, total, acc,
                 )  # fmt: skip
             else:
                 _attend(
-                    q[head], heads, k, v, k_at, v_at, count,
+                    queries, heads, k, v, k_at, v_at, count,
                     logits, powers, bits, scales, peak, total, acc,
                 )  # fmt: skip
             if kept.shape[2] > 0:
@@ -216,7 +222,7 @@ def attend(
             found = total[g] if total[g] > 0 else np.float32(1)
             for d in range(channels):
                 part_out[item, g, d] = acc[g, d] / found
-            part_lse[item, g] = peak[g] + np.log2(found) if total[g] > 0 else -np.inf
+            part_lse[item, g] = peak[g] * _LN2 + np.log(found) if total[g] > 0 else -np.inf
 
 
 @njit(parallel=True, **_OPTIONS)
@@ -233,7 +239,8 @@ def sum_weights(kept, lse, scores):
         scales = bits.view(np.float32)
         found = np.zeros(BLOCK, np.float32)
         for head in range(chosen * heads, (chosen + 1) * heads):
-            _exp2(kept[head, first : first + count], lse[head], count, powers, bits, scales)
+            logits = kept[head, first : first + count]
+            _exp2(logits, lse[head] * _LOG2E, count, powers, bits, scales)
             for t in range(count):
                 found[t] += powers[t]
         scores[chosen, first : first + count] = found[:count]

@@ -19,6 +19,8 @@ if numba.config.THREADING_LAYER == "default":
 _LN2 = math.log(2)
 _PART = 2048
 """Tokens of a part, whatever the number of threads: sums are rounded alike with any."""
+_EVERY = np.empty((1, 0), np.int64)
+"""No choice of tokens."""
 
 
 def dense_row(
@@ -35,17 +37,17 @@ def dense_row(
 
     Returns ``out [Hkv, G, D]``, ``lse [Hkv, G]`` and, with ``keep``, scores ``[sets, end - start]``.
     """
-    every = torch.empty(1, 0, dtype=torch.int64)
-    logits = torch.empty(*q.shape[:2], 0 if keep is None else end - start)
-    out, lse = _attend(q, k, v, every, start, torch.tensor([end]), end - start, logits)
+    length = end - start
+    logits = np.empty((*q.shape[:2], 0 if keep is None else length), np.float32)
+    out, lse = _attend(q, k, v, _EVERY, start, np.array([end]), length, logits)
     if keep is None:
-        return out, lse * _LN2, None
-    kept = logits.flatten(0, 1)
+        return out, lse, None
+    kept = logits.reshape(-1, length)
     if keep == "query_head_logits":
-        return out, lse * _LN2, kept.mul_(_LN2)
-    scores = torch.empty(sets, end - start)
-    _loops.sum_weights(kept.numpy(), lse.flatten().numpy(), scores.numpy())
-    return out, lse * _LN2, scores
+        return out, lse, torch.from_numpy(kept).mul_(_LN2)
+    scores = np.empty((sets, length), np.float32)
+    _loops.sum_weights(kept, lse.flatten().numpy(), scores)
+    return out, lse, torch.from_numpy(scores)
 
 
 def sparse_row(
@@ -60,48 +62,44 @@ def sparse_row(
     ``padded``, of chosen's shape, marks slots that are nobody's. Returns ``out [H, G, D]`` and
     ``lse [H, G]``.
     """
-    counts = torch.tensor([chosen.shape[1]])
+    length = chosen.shape[1]
+    counts = np.array([length])
     if padded is not None:
-        counts = (~padded).sum(1)
+        counts = (~padded).sum(1).numpy()
         chosen = chosen.gather(1, padded.int().argsort(dim=1, stable=True))
-    nothing = torch.empty(*q.shape[:2], 0)
-    out, lse = _attend(q, k, v, chosen.contiguous(), 0, counts, chosen.shape[1], nothing)
-    return out, lse * _LN2
+    nothing = np.empty((*q.shape[:2], 0), np.float32)
+    return _attend(q, k, v, chosen.contiguous().numpy(), 0, counts, length, nothing)
 
 
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    tokens: torch.Tensor,
+    tokens: np.ndarray,
     start: int,
-    ends: torch.Tensor,
+    ends: np.ndarray,
     length: int,
-    logits: torch.Tensor,
+    logits: np.ndarray,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_loops.attend` of up to ``length`` tokens, and its parts merged; ``lse`` in units of log 2."""
+    """`_loops.attend` of up to ``length`` tokens, and its parts merged."""
     sets, heads, channels = q.shape
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     stretch = -(-length // parts(-(-length // _PART)))
     count = -(-length // stretch)
-    grouped = torch.zeros(sets, -(-heads // _loops.GROUPED) * _loops.GROUPED, channels)
-    grouped[:, :heads] = q.detach() / _LN2
     outs = np.empty((sets * count, heads, channels), np.float32)
     lses = np.empty((sets * count, heads), np.float32)
     _loops.attend(
-        grouped.numpy(), heads, _flat(k), _flat(v), *k.stride()[:2], *v.stride()[:2],
-        sets // len(k), tokens.numpy(), start, ends.numpy(), count, stretch, logits.numpy(),
-        outs, lses,
+        q.detach().contiguous().numpy(), _flat(k), _flat(v), *k.stride()[:2], *v.stride()[:2],
+        sets // len(k), tokens, start, ends, count, stretch, logits, outs, lses,
     )  # fmt: skip
-    out = torch.from_numpy(outs).view(sets, count, heads, channels)
-    lse = torch.from_numpy(lses).view(sets, count, heads)
+    out, lse = torch.from_numpy(outs), torch.from_numpy(lses)
     if count == 1:
-        return out[:, 0], lse[:, 0]
-    highest = lse.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = (lse - highest).exp2()
-    total = weights.sum(1)
-    merged = (out * weights[..., None]).sum(1) / total.clamp(min=1.0)[..., None]
-    return merged, highest.squeeze(1) + total.log2()
+        return out, lse
+    out, lse = out.view(sets, count, heads, channels), lse.view(sets, count, heads)
+    whole = lse.logsumexp(1, keepdim=True)
+    # A head of no tokens has only empty parts, whose outputs are 0.
+    weights = (lse - whole.clamp(min=torch.finfo(torch.float32).min)).exp()
+    return (out * weights[..., None]).sum(1), whole.squeeze(1)
 
 
 def _flat(cache: torch.Tensor) -> np.ndarray:
