@@ -77,7 +77,7 @@ def dense_decode(
         dtype=q.dtype,
         head_dim=head_dim,
         group=group,
-        in_rows=block_table is None and q.dim() == 3 and k.stride(-1) == v.stride(-1) == 1,
+        in_rows=q.dim() == 3 and layout.in_rows(k, v, block_table),
     )
     if chosen == "triton":
         from tidaldecode.kernels.triton import dense_decode as twin

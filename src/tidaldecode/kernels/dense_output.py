@@ -39,7 +39,7 @@ def dense_output(
         dtype=q.dtype,
         head_dim=head_dim,
         group=group,
-        in_rows=block_table is None and k.stride(-1) == v.stride(-1) == 1,
+        in_rows=layout.in_rows(k, v, block_table),
     )
     if chosen != "torch" or not _fused_is_faster(q, k, v, kv_heads):
         out, _, _ = dense_decode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tidaldecode.kernels import layout
 from tidaldecode.kernels.contract import (
     ScoreKind,
     check_attention_inputs,
@@ -47,10 +48,15 @@ def dense_select(
     check_budget(budget, sink_tokens, recent_tokens)
     check_rows(seq_lens, starts, len(q), q.device)
     group = q.shape[1] // kv_heads
-    if (
-        resolve_backend(backend, q.device, dtype=q.dtype, head_dim=q.shape[2], group=group)
-        == "triton"
-    ):
+    chosen = resolve_backend(
+        backend,
+        q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[2],
+        group=group,
+        in_rows=layout.in_rows(k, v, block_table),
+    )
+    if chosen == "triton":
         from tidaldecode.kernels.triton import dense_select as twin
 
         return twin.dense_select(
@@ -77,7 +83,7 @@ def dense_select(
         starts=starts,
         block_table=block_table,
         scores=scores,
-        backend=backend,
+        backend=chosen,
     )
     assert token_scores is not None
     return (
@@ -90,6 +96,6 @@ def dense_select(
             sink_tokens=sink_tokens,
             recent_tokens=recent_tokens,
             starts=starts,
-            backend=backend,
+            backend="torch",
         ),
     )

@@ -16,6 +16,11 @@ def capacity(cache: torch.Tensor, block_table: torch.Tensor | None) -> int:
     return block_table.shape[1] * cache.shape[1]
 
 
+def in_rows(k: torch.Tensor, v: torch.Tensor, block_table: torch.Tensor | None) -> bool:
+    """Whether a token's channels follow one another in memory, and the cache is not paged."""
+    return block_table is None and k.stride(-1) == v.stride(-1) == 1
+
+
 def read_range(
     cache: torch.Tensor, block_table: torch.Tensor | None, row: int, start: int, end: int
 ) -> torch.Tensor:

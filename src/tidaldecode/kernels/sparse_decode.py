@@ -73,7 +73,7 @@ def sparse_decode(
         dtype=q.dtype,
         head_dim=head_dim,
         group=group,
-        in_rows=block_table is None and k.stride(-1) == v.stride(-1) == 1,
+        in_rows=layout.in_rows(k, v, block_table),
     )
     if resolved == "triton":
         from tidaldecode.kernels.triton import sparse_decode as twin
