@@ -1,6 +1,6 @@
 """Numba's loops: where they run, how they cut rows, and that threads do not meet in them."""
 
-import importlib.util
+import sys
 import threading
 
 import pytest
@@ -149,13 +149,13 @@ def test_what_the_loops_cannot_do_is_refused_or_left_to_pytorch(changes, message
     assert run(case, backend="auto")[0].isfinite().all()
 
 
-@pytest.mark.parametrize("missing", ["numba", "numba.np.ufunc.omppool"])
+@pytest.mark.parametrize("missing", ["package", "threads"])
 def test_without_numba_or_its_threads_everything_is_pytorch(missing, monkeypatch):
-    find = importlib.util.find_spec
-    gone = {missing, "numba.np.ufunc.tbbpool"}
-    monkeypatch.setattr(
-        dispatch.importlib.util, "find_spec", lambda name: None if name in gone else find(name)
-    )
+    if missing == "package":
+        monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    else:
+        for layer in ("omppool", "tbbpool"):  # what cannot be imported
+            monkeypatch.setitem(sys.modules, f"numba.np.ufunc.{layer}", None)
     dispatch._numba_missing.cache_clear()
     try:
         assert dispatch.resolve_backend("auto", CPU, in_rows=True) == "torch"

@@ -6,6 +6,7 @@ A backend that was asked for and cannot run raises; nothing falls back in silenc
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 
@@ -90,10 +91,18 @@ def _numba_missing() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "Numba's loops expect the numba package, which is not installed"
     # Its other threads may not be used by several threads of a program.
-    layers = ("omppool", "tbbpool")
-    if not any(importlib.util.find_spec(f"numba.np.ufunc.{layer}") for layer in layers):
+    if not (_is_there("numba.np.ufunc.omppool") or _is_there("numba.np.ufunc.tbbpool")):
         return "Numba's loops expect its OpenMP or TBB threads, which it does not have here"
     return None
+
+
+def _is_there(module: str) -> bool:
+    """Whether a module, and the libraries that it is linked to, can be loaded."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def _triton_obstacle(
