@@ -77,6 +77,15 @@ def test_parts_of_sets_that_end_before_them_are_empty(monkeypatch):
     assert_attends_exactly(out, lse, case.q, case.k, case.v, keep, case.scale)
 
 
+@pytest.mark.parametrize("tokens", [300, 5000])
+def test_a_key_that_is_not_a_number_is_not_passed_over(tokens):
+    case = make_case(1, 2, 2, 16, tokens)
+    case.k[0, 1, tokens // 2, 3] = float("nan")
+    out, lse, _ = run(case)
+    assert out[0, :2].isfinite().all() and lse[0, :2].isfinite().all()
+    assert out[0, 2:].isnan().all() and lse[0, 2:].isnan().all()
+
+
 def test_another_partition_rounds_otherwise():
     case = make_case(1, 2, 4, 64, 3000)
     out, lse, _ = run(case)

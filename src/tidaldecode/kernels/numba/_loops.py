@@ -19,6 +19,7 @@ _GROUPED = 4
 """Query heads that share a pass over the keys; there are always a multiple of it, some of them zero."""
 _LOG2E, _LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 _LANES = 16
+"""Logits that are compared at a time."""
 _LOWEST = np.float32(-3.0e38)
 
 
@@ -47,7 +48,7 @@ def _exp2(logits, shift, count, powers, bits, scales):
     """
     for t in range(count):
         x = logits[t] - shift
-        x = x if x > np.float32(-126.0) else np.float32(-126.0)
+        x = np.float32(-126.0) if x < np.float32(-126.0) else x
         whole = np.floor(x + np.float32(0.5))
         f = x - whole
         bits[t] = (np.int32(whole) + np.int32(127)) << np.int32(23)
@@ -219,10 +220,10 @@ def attend(
             if kept.shape[2] > 0:
                 kept[head, :, first - start : first - start + count] = logits[:heads, :count]
         for g in range(heads):
-            found = total[g] if total[g] > 0 else np.float32(1)
+            found = np.float32(1) if total[g] == 0 else total[g]
             for d in range(channels):
                 part_out[item, g, d] = acc[g, d] / found
-            part_lse[item, g] = peak[g] * _LN2 + np.log(found) if total[g] > 0 else -np.inf
+            part_lse[item, g] = -np.inf if total[g] == 0 else peak[g] * _LN2 + np.log(found)
 
 
 @njit(parallel=True, **_OPTIONS)
