@@ -54,7 +54,9 @@ def launched(monkeypatch):
         monkeypatch.setattr(module, "processors", lambda _: H200_PROCESSORS)
     launches = SELECT._launches
     monkeypatch.setattr(
-        SELECT, "_launches", lambda width, sets, _: launches(width, sets, torch.device("cuda"))
+        SELECT,
+        "_launches",
+        lambda width, sets, _, mergers: launches(width, sets, torch.device("cuda"), mergers),
     )
     return found
 
@@ -66,7 +68,7 @@ def test_no_batch_needs_a_kernel_that_was_not_compiled(
     launched, kv_heads, rows_at_once, granularity
 ):
     config = TidalConfig(
-        budget=64, dense_layers=1, select_layers=(1,), granularity=granularity, backend="triton"
+        budget=256, dense_layers=1, select_layers=(1,), granularity=granularity, backend="triton"
     )
     made = StepMaker(
         config,
