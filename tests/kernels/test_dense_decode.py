@@ -1,7 +1,6 @@
 """dense_decode against exact attention: any shape, layout, row range, chunking and score kind."""
 
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,16 +17,7 @@ from tidaldecode.kernels import dense_decode
 MODULE = importlib.import_module("tidaldecode.kernels.dense_decode")
 SCORE_KINDS = ("shared", "kv_head", "query_head", "query_head_logits")
 HALF = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(scope="module", autouse=True, params=["torch", "auto"])
-def _backend(request) -> Iterator[None]:
-    """PyTorch alone, and Numba's loops where they can run."""
-    if request.param == "auto" and importlib.util.find_spec("numba") is None:
-        pytest.skip("Numba is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIDALDECODE_BACKEND", request.param)
-        yield
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """sparse_decode against exact attention to the selected tokens alone."""
 
 import importlib
-import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,18 +13,7 @@ from tidaldecode.errors import TidalError
 from tidaldecode.kernels import Selection, dense_decode, sparse_decode
 
 MODULE = importlib.import_module("tidaldecode.kernels.sparse_decode")
-
-
-@pytest.fixture(scope="module", autouse=True, params=["torch", "auto"])
-def _backend(request) -> Iterator[None]:
-    """PyTorch alone, and Numba's loops where they can run."""
-    if request.param == "auto" and importlib.util.find_spec("numba") is None:
-        pytest.skip("Numba is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIDALDECODE_BACKEND", request.param)
-        yield
-
-
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 HALF = (torch.float16, torch.bfloat16)
 
 

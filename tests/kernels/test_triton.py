@@ -211,9 +211,8 @@ def test_dense_select_is_dense_decode_and_select_tokens(case, kind, budget, smal
 @pytest.mark.parametrize("kind", SCORE_KINDS)
 def test_scores_take_the_log_sum_exps_of_their_own_rows_parts(kind):
     case = make_case(3, 2, 3, 32, 300, ends=[300, 60, 211], sharpness=3.0)
-    case.q[1, :2] *= (
-        8  # added to another row's, it would drown some of its heads and not the others
-    )
+    # Added to another row's, it would drown some of its heads and not the others.
+    case.q[1, :2] *= 8
     with small_tiles():
         check_dense_select(case, kind, {"budget": 40, "sink_tokens": 3, "recent_tokens": 5})
 
